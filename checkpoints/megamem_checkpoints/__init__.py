@@ -1,0 +1,1 @@
+"""Checkpoints of a run, and their conversion to the Hugging Face format."""

@@ -1,0 +1,1 @@
+"""From text to packed token sequences: tokenizer, shards, document clusters, loader."""

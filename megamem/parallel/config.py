@@ -1,0 +1,32 @@
+"""The ``parallel`` section: how many ranks, and what each degree of parallelism takes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megamem.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """``parallel``: degrees of parallelism; what they leave of the world is data parallel (with ZeRO-1)."""
+
+    nproc: int = 1
+    """Processes that ``megamem train`` starts on this machine; ignored under torchrun or SLURM, which bring their own."""
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    sequence_parallel: bool = False
+    """Split activations outside the tensor-parallel regions along the sequence. Needed by MoE under tensor parallelism."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "nproc",
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "expert_model_parallel_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; set it to at least 1")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ConfigError("sequence_parallel is true, which needs tensor_model_parallel_size of 2 or more")

@@ -1,0 +1,8 @@
+"""Imported once by the server process that test ranks are forked from."""
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: E402, F401
+import megatron.core  # noqa: E402, F401

@@ -1,0 +1,75 @@
+"""The ``train`` and ``optimizer`` sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megamem.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """``train``: length, batch and guards of a run."""
+
+    steps: int = 100
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 8
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int = 1
+    """Sequences per forward pass on one data-parallel rank."""
+    seed: int = 1234
+    """Root of every random draw of the run."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """``auto``: bf16 with fp32 master weights on a CUDA device, fp32 elsewhere."""
+    eval_interval: int = 0
+    """Steps between evaluations on the validation split; 0 evaluates at the end only."""
+    eval_batches: int = 4
+    """Global batches per evaluation; 0 for no evaluation at all."""
+    log_interval: int = 1
+    """Steps between log lines."""
+    skip_loss_above: float = 0.0
+    """Skip a step whose loss exceeds its running mean by this factor; 0 turns it off. Non-finite steps are always skipped."""
+    max_skipped_steps: int = 10
+    """Consecutive skipped steps after which the run stops with an error."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch_size", "micro_batch_size", "log_interval", "max_skipped_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; set it to at least 1")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"
+            )
+        if self.skip_loss_above and self.skip_loss_above <= 1:
+            raise ConfigError(f"skip_loss_above is {self.skip_loss_above}; set a factor above 1, or 0 to turn it off")
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerConfig:
+    """``optimizer``: AdamW of the dense parameters under DeepSpeed ZeRO, and the schedule that rows share."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a share of the peak."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 10
+    decay_steps: int = 0
+    """``cosine``: steps until the final rate, 0 for the whole run. ``wsd``: length of the final decay, 0 for a tenth of the run."""
+    betas: tuple[float, ...] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled; not applied to norms and other vectors."""
+    clip_grad: float = 1.0
+    """Global norm over dense and table gradients, each counted once; 0 for no clipping."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ConfigError(f"lr is {self.lr}; set a value above 0")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ConfigError(f"min_lr_ratio is {self.min_lr_ratio}; set a value from 0 to 1")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ConfigError(f"betas is {list(self.betas)}; set two values from 0 up to but not including 1")
+        if self.warmup_steps < 0 or self.decay_steps < 0 or self.clip_grad < 0:
+            raise ConfigError("warmup_steps, decay_steps and clip_grad must be 0 or more")
