@@ -28,6 +28,12 @@ class SourceConfig:
     max_documents: int = 0
     """Take only so many documents; 0 for all."""
 
+    def __post_init__(self) -> None:
+        if not self.path and self.kind != "python_stdlib":
+            raise ConfigError(f"path is empty; set the folder, file or dataset that this {self.kind} source reads")
+        if self.max_documents < 0:
+            raise ConfigError(f"max_documents is {self.max_documents}; set a number of documents, or 0 for all")
+
 
 @dataclass(kw_only=True, slots=True)
 class TokenizerConfig:
@@ -38,8 +44,14 @@ class TokenizerConfig:
     type: Literal["bpe", "unigram"] = "bpe"
     """``bpe`` exports to Hugging Face with identical ids; ``unigram`` is verified at export and refused on a mismatch."""
     vocab_size: int = 8192
+    """Entries of a tokenizer that is trained; an existing model brings its own number."""
     train_lines: int = 400_000
     """Lines sampled to train it."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "train_lines"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; set it to at least 1")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,7 +69,10 @@ class DataConfig:
     shard_tokens: int = 16_000_000
     """Tokens per shard file."""
     cluster_dimensions: int = 64
-    """Width of the document embeddings that are clustered into the bank's tree."""
+    """Width of the document embeddings that are clustered into the bank's tree; a sentence encoder brings its own width."""
+    encoder: str = ""
+    """Sentence encoder (a name or folder that ``sentence_transformers`` loads) that embeds documents in place of TF-IDF over
+    the tokenizer's own ids; needs the package ``sentence-transformers``."""
     workers: int = 0
     """Processes of ``megamem data prepare``; 0 takes one per core."""
 
@@ -66,3 +81,8 @@ class DataConfig:
             raise ConfigError(f"seq_length is {self.seq_length}; set at least 2")
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError(f"validation_fraction is {self.validation_fraction}; set a value from 0 up to 1")
+        for name in ("shard_tokens", "cluster_dimensions"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; set it to at least 1")
+        if self.workers < 0:
+            raise ConfigError(f"workers is {self.workers}; set a number of processes, or 0 for one per core")

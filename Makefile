@@ -1,0 +1,50 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TIER ?= unit distributed integration gpu
+
+.PHONY: help install quickstart test test-fast lint format bench clean
+
+help:
+	@echo "make quickstart   install, prepare real text, train, kill, resume, export, generate (about 10 minutes on 2 cores)"
+	@echo "make test         lint, types and all tests"
+	@echo "make test-fast    unit tests only"
+	@echo "make lint         ruff and mypy"
+	@echo "make format       let ruff rewrite the sources"
+	@echo "make bench        benchmarks of the memory operations against their peers"
+	@echo "make clean        remove what the other targets made, but not runs/ and data/"
+
+# Reinstalled only when the declared dependencies change; needs no network afterwards.
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $(STAMP)
+
+install: $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/python -m megamem_launch.quickstart
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest $(addprefix tests/,$(TIER))
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest tests/unit
+
+bench: $(STAMP)
+	$(BIN)/python kernels/benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,127 @@
+"""The directory of a run's checkpoints: names, which one is the latest, which ones go."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from megamem.errors import CheckpointError
+from megamem_checkpoints.files import check_size, fsync, write_text
+from megamem_checkpoints.manifest import FILE_NAME, Manifest, NewerFormatError, read_manifest
+
+LATEST = "latest"
+"""Text file that names the checkpoint to resume from."""
+
+_NAME = re.compile(r"step_(\d{8,})(\.replaced)?")
+_log = logging.getLogger(__name__)
+
+
+def name_of(step: int) -> str:
+    """Directory name of the checkpoint after ``step`` optimizer steps."""
+    return f"step_{step:08d}"
+
+
+def open_manifest(path: Path) -> Manifest:
+    """The manifest of a whole checkpoint: all files there, each of the stated length. CheckpointError otherwise."""
+    manifest = read_manifest(path)
+    for name, record in manifest.files.items():
+        check_size(path, name, record)
+    return manifest
+
+
+def latest(directory: Path) -> Path | None:
+    """The checkpoint that ``latest`` names, else the newest whole one; None where none was ever written.
+
+    CheckpointError where there are checkpoints but none is whole: to start again from nothing must be asked for.
+    """
+    named = _named(directory)
+    paths = [path for _, path in reversed(_steps(directory))]
+    failures: list[str] = []
+    for path in dict.fromkeys([named, *paths] if named is not None else paths):
+        try:
+            open_manifest(path)
+        except NewerFormatError:
+            raise
+        except CheckpointError as error:
+            failures.append(str(error))
+            continue
+        if path != named:
+            _log.warning("%s does not name a whole checkpoint; taking %s", directory / LATEST, path.name)
+        return path
+    if failures:
+        raise CheckpointError(
+            f"no whole checkpoint is left in {directory}: {failures[0]}, or give the run another name"
+        )
+    return None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that ``path`` means: itself, or the latest of a run directory or its ``checkpoints``."""
+    if (path / FILE_NAME).is_file():
+        return path
+    for directory in (path / "checkpoints", path):
+        found = latest(directory) if directory.is_dir() else None
+        if found is not None:
+            return found
+    raise CheckpointError(f"{path} has no checkpoint; name a run directory or a directory such as {name_of(100)}")
+
+
+def prepare(directory: Path, temporary: Path) -> None:
+    """Make an empty ``temporary``, and remove what interrupted saves left behind. The writer's lock must be held."""
+    for leftover in directory.glob("step_*.tmp"):
+        shutil.rmtree(leftover)
+    (temporary / "rng").mkdir(parents=True)
+    (temporary / "dense").mkdir()
+    (temporary / "tables").mkdir()
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a complete checkpoint its name. One of the same name is moved aside first and stays readable until then."""
+    for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
+        fsync(folder)
+    if final.exists():
+        replaced = final.with_name(final.name + ".replaced")
+        _delete(replaced)
+        final.rename(replaced)
+    temporary.rename(final)
+    fsync(final.parent)
+    write_text(final.parent / LATEST, final.name + "\n")
+
+
+def prune(directory: Path, *, keep: int, step: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints up to ``step``; never the one that ``latest`` names."""
+    steps = [path for number, path in _steps(directory) if number <= step and not path.name.endswith(".replaced")]
+    replaced = directory.glob("step_*.replaced")
+    named = _named(directory)
+    for path in [*steps[:-keep], *replaced]:
+        if path != named:
+            _delete(path)
+
+
+def _named(directory: Path) -> Path | None:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        name = (directory / LATEST).read_text(encoding="utf-8").strip()
+        if _NAME.fullmatch(name):
+            return directory / name
+    return None
+
+
+def _steps(directory: Path) -> list[tuple[int, Path]]:
+    """Checkpoints by step, oldest first; one that was moved aside comes before its replacement."""
+    found = []
+    for path in directory.iterdir() if directory.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match:
+            found.append((int(match[1]), not match[2], path))
+    return [(step, path) for step, _, path in sorted(found)]
+
+
+def _delete(path: Path) -> None:
+    """Take the name away first, so that no half-deleted checkpoint is ever visible."""
+    if path.exists():
+        doomed = path.with_name(path.name + ".tmp")
+        path.rename(doomed)
+        shutil.rmtree(doomed)

@@ -1,0 +1,96 @@
+"""A sentencepiece model as the files that ``AutoTokenizer`` opens, with the same ids.
+
+transformers builds a fast tokenizer from the model's pieces and merges, without the prefix space that some models put before a
+text, and turns text that looks like a special token into that token; both are put right here. What it cannot reproduce (Viterbi
+ties of unigram models, normalisation rules) shows in :func:`check_ids`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megamem.errors import ExportError
+
+SAMPLE = (
+    "",
+    " ",
+    "The quick brown fox jumps over the lazy dog.",
+    " leading, trailing and  double   spaces ",
+    "\n\n\tdef f(x):\r\n\t    return x[0] ** 2  # comment\n",
+    "</s> <s> <unk> <pad> <0x0A> are plain text",
+    "Zürich, São Paulo, naïve café, cafe\u0301, ﬁne, ½, …",
+    "日本語のテキスト, 한국어, русский, العربية, हिन्दी",
+    "emoji 😀 👩‍👩‍👧 🇨🇭, a no-break\u00a0space, a zero\u200bwidth space, a lower one eighth ▁ block",
+    "1234567890 3.14159 1e-8 0xdeadbeef {}[]()<>!@#$%^&*;:'\"\\|/?~`",
+    "control characters \x00 \x07 \x1b end",
+)
+"""Texts on which tokenizers like to differ."""
+
+
+def export_tokenizer(model: Path, folder: Path, *, max_length: int) -> Any:
+    """Write the tokenizer files of the sentencepiece ``model`` into ``folder`` and return the tokenizer read back from there.
+
+    ``max_length`` is the number of tokens the model was trained on. ExportError where ``model`` is no sentencepiece model.
+    """
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+    from tokenizers import decoders, normalizers
+    from transformers import AutoTokenizer
+
+    try:
+        content = model.read_bytes()
+        processor = SentencePieceProcessor(model_proto=content)
+        end = processor.id_to_piece(processor.eos_id())
+    except (OSError, RuntimeError, IndexError) as error:
+        raise ExportError(
+            f"{model} is no sentencepiece model with an end-of-document entry ({error}); name the tokenizer of the run"
+        ) from None
+    shutil.copyfile(model, folder / "tokenizer.model")
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, split_special_tokens=True, eos_token=end, pad_token=end, model_max_length=max_length
+    )
+    backend = tokenizer.backend_tokenizer
+    if sentencepiece_model_pb2.ModelProto.FromString(content).normalizer_spec.add_dummy_prefix:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), backend.normalizer])
+        backend.decoder = decoders.Sequence([backend.decoder, decoders.Strip(" ", 1, 0)])
+    tokenizer.save_pretrained(folder)
+    _forget_origin(folder / "tokenizer_config.json")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def check_ids(tokenizer: Any, model: Path, sample: Sequence[str]) -> int:
+    """Compare ids and decoded text with sentencepiece's on :data:`SAMPLE` and ``sample``; ExportError on the first mismatch.
+
+    Returns the number of texts compared.
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=str(model))
+    texts = [*SAMPLE, *sample]
+    for text in texts:
+        ours = processor.encode(text)
+        theirs = tokenizer.encode(text)
+        if ours != theirs or tokenizer.decode(ours) != processor.decode(ours):
+            first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
+            raise ExportError(
+                f"Hugging Face's tokenizer of {model} differs from sentencepiece on {text[:40]!r} (token {first}: "
+                f"{theirs[first : first + 4]} in place of {ours[first : first + 4]}); set data.tokenizer.type to bpe, with the "
+                "identity normalisation, and train again"
+            )
+    if len(tokenizer) != processor.vocab_size():
+        raise ExportError(
+            f"Hugging Face's tokenizer of {model} has {len(tokenizer)} entries in place of {processor.vocab_size()}; set "
+            "data.tokenizer.type to bpe and train again"
+        )
+    return len(texts)
+
+
+def _forget_origin(config: Path) -> None:
+    """Remove what transformers notes about where it read the tokenizer: a copy of the export may be read elsewhere."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only", "name_or_path"):
+        settings.pop(name, None)
+    config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,136 @@
+"""The manifest: what a checkpoint consists of, as one JSON file. A directory without a valid one is no checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megamem.config.base import build
+from megamem.errors import CheckpointError, ConfigError
+
+FORMAT_VERSION = 1
+"""Raised when an older megamem could misread what this one writes."""
+
+FILE_NAME = "manifest.json"
+
+
+class NewerFormatError(CheckpointError):
+    """The checkpoint is whole, but a newer megamem wrote it: falling back to an older one would lose work silently."""
+
+
+@dataclass(kw_only=True, slots=True)
+class FileRecord:
+    """One file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(kw_only=True, slots=True)
+class DenseRecord:
+    """One dense tensor under its canonical name."""
+
+    shape: list[int]
+    """Global shape, whatever the layout that wrote it."""
+    moments: list[str] = field(default_factory=list)
+    """Optimizer state tensors of the same shape that were saved with it; none for buffers."""
+
+
+@dataclass(kw_only=True, slots=True)
+class StateRecord:
+    """One optimizer state tensor of a table."""
+
+    shape: list[int]
+    """Shape of one row of it: ``[]`` for one number per row."""
+    dtype: str
+
+
+@dataclass(kw_only=True, slots=True)
+class TableRecord:
+    """One memory table and the row ranges it was cut into."""
+
+    rows: int
+    width: int
+    state: dict[str, StateRecord]
+    files: dict[str, list[int]]
+    """Relative file name to ``[start, stop)`` in logical rows."""
+
+    def ranges(self) -> list[tuple[int, int, str]]:
+        """``(start, stop, file)`` in row order."""
+        return sorted((start, stop, name) for name, (start, stop) in self.files.items())
+
+    def gap(self) -> int | None:
+        """The first row that is stored not exactly once, or None."""
+        expected = 0
+        for start, stop, _ in self.ranges():
+            if start != expected or stop <= start:
+                return expected
+            expected = stop
+        return None if expected == self.rows else expected
+
+
+@dataclass(kw_only=True, slots=True)
+class Manifest:
+    """Everything that is known about a checkpoint without opening its tensors."""
+
+    format_version: int
+    megamem_version: str
+    step: int
+    world_size: int
+    meta: dict[str, Any]
+    """Plain JSON of the run: configuration, data state, counters, layout."""
+    files: dict[str, FileRecord]
+    dense: dict[str, DenseRecord]
+    tables: dict[str, TableRecord]
+
+    def dumps(self) -> str:
+        """The file's text, with a checksum over everything else in it."""
+        body = plain_json(asdict(self))
+        return json.dumps({**body, "manifest_sha256": _checksum(body)}, indent=1, sort_keys=True) + "\n"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of ``directory``; CheckpointError naming the file where it is missing, damaged or of a newer
+    format.
+    """
+    path = directory / FILE_NAME
+    try:
+        body = json.loads(path.read_bytes())
+        version = body["format_version"]
+        stated = body.pop("manifest_sha256")
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} is not a checkpoint: it has no {FILE_NAME}; name a whole one") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(path, f"it cannot be read ({type(error).__name__})") from error
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"{path} has format version {version}, written by megamem {body.get('megamem_version')}, and this megamem "
+            f"reads up to version {FORMAT_VERSION}; update megamem"
+        )
+    if stated != _checksum(body):
+        raise _damaged(path, "its checksum is wrong")
+    try:
+        manifest = build(Manifest, body)
+    except (ConfigError, TypeError) as error:
+        raise _damaged(path, str(error)) from error
+    for name, table in manifest.tables.items():
+        if (row := table.gap()) is not None:
+            raise _damaged(path, f"row {row} of table {name} is not stored exactly once")
+    return manifest
+
+
+def plain_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """``value`` as it reads back from JSON (tuples become lists, keys text); TypeError where it is not plain data."""
+    return json.loads(json.dumps(value))
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {what}; delete {path.parent} to go back to the checkpoint before it")

@@ -1,0 +1,41 @@
+"""Random states of a rank. They matter to a resume under the same world size only; any other starts them afresh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megamem_checkpoints.files import fsync
+
+_CPU = "torch.cpu"
+_CUDA = "torch.cuda"
+
+
+def file_name(rank: int) -> str:
+    """Path of a rank's states, relative to the checkpoint."""
+    return f"rng/rank_{rank:05d}.safetensors"
+
+
+def write(path: Path, extra: Mapping[str, Tensor]) -> None:
+    """Save torch's own states of this process (uint8) and ``extra`` ones of the caller."""
+    states = {_CPU: torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[_CUDA] = torch.cuda.get_rng_state()
+    for name, state in extra.items():
+        states[name] = state.detach().cpu().contiguous()
+    save_file(states, path)
+    fsync(path)
+
+
+def restore(path: Path) -> dict[str, Tensor]:
+    """Set torch's own states from a file; returns the caller's."""
+    states = load_file(path)
+    torch.set_rng_state(states.pop(_CPU))
+    cuda = states.pop(_CUDA, None)
+    if cuda is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+    return states

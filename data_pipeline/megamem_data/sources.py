@@ -1,0 +1,148 @@
+"""Documents of ``data.sources``, in an order that depends on the sources alone."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import sysconfig
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from megamem.errors import DataError
+from megamem_data.config import SourceConfig
+
+
+@dataclass(slots=True)
+class SourceCounts:
+    """What reading the sources met on the way."""
+
+    documents: int = 0
+    """Documents with text."""
+    empty: int = 0
+    """Documents without any character but white space; left out."""
+    invalid_utf8: int = 0
+    """Documents whose undecodable bytes became U+FFFD."""
+    binary: int = 0
+    """Files that hold NUL bytes, taken for binary; left out."""
+
+
+def read_documents(sources: Sequence[SourceConfig], *, strict: bool, counts: SourceCounts) -> Iterator[str]:
+    """The texts of all sources, one per document; ``counts`` is updated on the way.
+
+    Raises DataError for a source that is missing, unreadable or malformed; with ``strict`` also for invalid UTF-8 and
+    binary files, naming the file.
+    """
+    for number, source in enumerate(sources):
+        where = f"data.sources[{number}]"
+        documents = _datasets_texts(source, where) if source.kind == "datasets" else _file_texts(source, where, strict, counts)
+        texts = (text for text in documents if _has_text(text, counts))
+        yield from islice(texts, source.max_documents or None)
+
+
+def list_files(source: SourceConfig, where: str = "data.sources") -> list[Path]:
+    """Files of a source that reads files, sorted; DataError where there is none. Hidden files and folders are left out."""
+    if source.kind == "python_stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        outside = {"site-packages", "dist-packages"}
+        return sorted(path for path in root.rglob("*.py") if outside.isdisjoint(path.relative_to(root).parts))
+    root = Path(source.path).expanduser()
+    if root.is_file():
+        return [root]
+    if root.is_dir():
+        patterns = [source.pattern] if source.kind == "folder" else ["*.jsonl", "*.jsonl.gz"]
+        found = {path for pattern in patterns for path in root.glob(pattern) if _visible(path, root)}
+        described = f"{' or '.join(patterns)} in {root}"
+    else:
+        found = {Path(name) for name in glob.glob(str(root), recursive=True)}
+        described = str(root)
+    files = sorted(path for path in found if path.is_file())
+    if not files:
+        raise DataError(f"{where}: no file matches {described}; set path to an existing folder, file or glob")
+    return files
+
+
+def _visible(path: Path, root: Path) -> bool:
+    return not any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _has_text(text: str, counts: SourceCounts) -> bool:
+    if text.strip():
+        counts.documents += 1
+        return True
+    counts.empty += 1
+    return False
+
+
+def _file_texts(source: SourceConfig, where: str, strict: bool, counts: SourceCounts) -> Iterator[str]:
+    for path in list_files(source, where):
+        try:
+            if source.kind == "jsonl":
+                with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as lines:
+                    for number, line in enumerate(lines, start=1):
+                        if line.strip():
+                            text = _decode(line, f"line {number} of {path}", strict, counts)
+                            text = _field(text, source.text_field, f"line {number} of {path}")
+                            # JSON may escape half a surrogate pair, which no UTF-8 tokenizer takes
+                            data = text.encode("utf-8", errors="surrogatepass")
+                            yield _decode(data, f"line {number} of {path}", strict, counts)
+            else:
+                data = path.read_bytes()
+                if b"\0" not in data:
+                    yield _decode(data, str(path), strict, counts)
+                elif strict:
+                    raise DataError(f"{path} holds NUL bytes and is no text; exclude it with the source's pattern")
+                else:
+                    counts.binary += 1
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path} of {where} cannot be read: {error}") from error
+
+
+def _decode(data: bytes, origin: str, strict: bool, counts: SourceCounts) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if strict:
+            raise DataError(
+                f"{origin} is not valid UTF-8 (byte {error.start}); convert it, or prepare without strict to replace the bytes"
+            ) from None
+        counts.invalid_utf8 += 1
+        return data.decode("utf-8", errors="replace")
+
+
+def _field(line: str, field: str, origin: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{origin} is not JSON ({error}); repair or remove it") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{origin} is no JSON object; write one object with the key {field!r} per line")
+    return _text(record, field, origin)
+
+
+def _text(record: dict[str, Any], field: str, origin: str) -> str:
+    text = record.get(field)
+    if not isinstance(text, str):
+        keys = ", ".join(sorted(key for key, value in record.items() if isinstance(value, str))) or "none"
+        raise DataError(f"{origin} has no text under {field!r}; set text_field to one of its text keys: {keys}")
+    return text
+
+
+def _datasets_texts(source: SourceConfig, where: str) -> Iterator[str]:
+    import datasets
+
+    options: dict[str, Any] = dict(source.options)
+    try:
+        rows = datasets.load_dataset(source.path, split=source.split, streaming=True, **options)
+        for number, row in enumerate(rows):
+            yield _text(row, source.text_field, f"row {number} of {source.path}")
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{where}: datasets.load_dataset({source.path!r}, split={source.split!r}) failed: {type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Row ids of hashed suffix n-grams: the addresses of an Engram table."""

@@ -1,0 +1,212 @@
+"""From a configuration to the parts of a run: the one place where they meet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megamem.batch import TokenLoader
+from megamem.config import to_dict
+from megamem.errors import CheckpointError, ConfigError
+from megamem.memory.engine import MemoryEngine
+from megamem.memory.streams import build_streams
+from megamem.models.canonical import CanonicalEntry, canonical_entries
+from megamem.models.gpt import build_model
+from megamem.parallel.groups import Groups
+from megamem.parallel.layout import stage_layers
+from megamem.parallel.zero import ZeroEngine
+from megamem_checkpoints.checkpointer import Checkpointer
+from megamem_data.loader import build_loader
+from megamem_data.prepared import PreparedData
+from megamem_launch.config import RunConfig, load_config
+
+
+def open_data(config: RunConfig) -> PreparedData:
+    """The prepared data of a run, checked against the configuration; fills ``model.vocab_size`` where it is 0."""
+    if not config.data.path:
+        raise ConfigError("data.path is empty; set the directory that `megamem data prepare` wrote")
+    data = PreparedData.open(Path(config.data.path))
+    model = config.model
+    if not model.vocab_size:
+        model.vocab_size = data.vocab_size
+    elif model.vocab_size < data.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={model.vocab_size} is smaller than the {data.vocab_size} entries of the tokenizer in "
+            f"{config.data.path}; set model.vocab_size=0 to take the number from the data"
+        )
+    bank = config.memory.bank
+    if bank.enabled and (data.levels < bank.levels or data.branching != bank.branching):
+        raise ConfigError(
+            f"memory.bank needs a cluster tree of {bank.levels} levels with branching {bank.branching}, but {config.data.path} "
+            f"has {data.levels} levels with branching {data.branching}; run `megamem data prepare` with this memory.bank and "
+            "another data.path"
+        )
+    return data
+
+
+def precision_of(config: RunConfig) -> str:
+    """``fp32`` or ``bf16``: what ``train.precision`` means on this machine."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    return "bf16" if torch.cuda.is_available() else "fp32"
+
+
+@dataclass(slots=True)
+class Parts:
+    """The parts of a run on one rank."""
+
+    config: RunConfig
+    data: PreparedData
+    groups: Groups
+    model: torch.nn.Module
+    zero: ZeroEngine
+    memory: MemoryEngine
+    entries: list[CanonicalEntry]
+    loader: TokenLoader
+    validation: TokenLoader | None
+    checkpointer: Checkpointer
+
+
+def fold_of(config: RunConfig, data: PreparedData) -> np.ndarray | None:
+    """The canonical id of every token when ``memory.engram.fold_tokens`` is on."""
+    if not (config.memory.engram.layers and config.memory.engram.fold_tokens):
+        return None
+    from megamem.memory.folding import fold_from_sentencepiece
+
+    return fold_from_sentencepiece(data.tokenizer_model).lookup
+
+
+def build_parts(config: RunConfig, data: PreparedData, groups: Groups) -> Parts:
+    """Build model, optimizer, memory and loaders for this rank."""
+    layout, place, train = groups.layout, groups.coordinates, config.train
+    precision = precision_of(config)
+    model = build_model(
+        config.model,
+        config.memory,
+        groups=groups,
+        seq_length=config.data.seq_length,
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        seed=train.seed,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
+    zero = ZeroEngine(
+        model,
+        optimizer=config.optimizer,
+        groups=groups,
+        precision=precision,
+        micro_batch_size=train.micro_batch_size,
+        gradient_accumulation_steps=train.global_batch_size // (train.micro_batch_size * layout.dp),
+    )
+    streams = build_streams(
+        config.model,
+        config.memory,
+        layers=stage_layers(config.model.num_layers, layout.pp, place.pp),
+        eos_id=data.eos_id,
+        fold=fold_of(config, data),
+        seed=train.seed,
+    )
+    memory = MemoryEngine(
+        streams,
+        optimizer=config.memory.optimizer,
+        seed=train.seed,
+        group=groups.memory,
+        device=groups.device,
+        tp_rank=place.tp,
+        tp_size=layout.tp,
+    )
+
+    def loader(split: str) -> TokenLoader:
+        return build_loader(
+            data,
+            split=split,
+            seq_length=config.data.seq_length,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            dp_rank=place.dp,
+            dp_size=layout.dp,
+            seed=train.seed,
+            levels=config.memory.bank.levels if config.memory.bank.enabled else 0,
+        )
+
+    return Parts(
+        config=config,
+        data=data,
+        groups=groups,
+        model=model,
+        zero=zero,
+        memory=memory,
+        entries=canonical_entries(model, groups),
+        loader=loader("train"),
+        validation=loader("validation") if train.eval_batches else None,
+        checkpointer=Checkpointer(config.run_dir / "checkpoints", config.checkpoint, groups=groups),
+    )
+
+
+def checkpoint_meta(parts: Parts, progress: Mapping[str, Any], guard: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain data saved with a checkpoint: what a resume and an export need besides tensors."""
+    return {
+        "config": to_dict(parts.config),
+        "vocab_size": parts.config.model.vocab_size,
+        "eos_id": parts.data.eos_id,
+        "layout": asdict(parts.groups.layout),
+        "data": parts.loader.state_dict(),
+        "optimizer": parts.zero.state_dict(),
+        "progress": dict(progress),
+        "guard": dict(guard),
+        "tokens_seen": progress["tokens_seen"],
+        "final_losses": dict(progress["evaluations"]),
+    }
+
+
+def check_same_run(config: RunConfig) -> None:
+    """Refuse to continue a directory that holds a run of another model or data; ConfigError names the first difference."""
+    saved = config.run_dir / "config.yaml"
+    if not saved.exists():
+        return
+    before, now = to_dict(load_config(saved)), to_dict(config)
+    difference = first_difference(
+        {k: before[k] for k in ("model", "memory", "data")}, {k: now[k] for k in ("model", "memory", "data")}
+    )
+    for path in ("global_batch_size", "seed"):
+        if difference is None and before["train"][path] != now["train"][path]:
+            difference = (f"train.{path}", before["train"][path], now["train"][path])
+    if difference is not None:
+        setting, old, new = difference
+        raise ConfigError(
+            f"{config.run_dir} holds another run ({setting} is {json.dumps(old)} there and {json.dumps(new)} here); "
+            "set name to start a new one"
+        )
+
+
+def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first setting in which two trees of plain data differ, with both values."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in [*old, *(k for k in new if k not in old)]:
+            where = f"{path}.{key}" if path else str(key)
+            found = first_difference(old.get(key), new.get(key), where)
+            if found is not None:
+                return found
+        return None
+    return None if old == new else (path, old, new)
+
+
+def initial_checkpoint(config: RunConfig, parts: Parts) -> tuple[Path | None, bool]:
+    """The checkpoint to start from, and whether it continues this run (else only its weights are taken)."""
+    own = parts.checkpointer.latest()
+    if own is not None:
+        return own, True
+    if not config.checkpoint.load:
+        return None, False
+    source = Path(config.checkpoint.load)
+    if (source / "manifest.json").exists():
+        return source, False
+    other = Checkpointer(source / "checkpoints", config.checkpoint, groups=parts.groups).latest()
+    if other is None:
+        raise CheckpointError(f"checkpoint.load={source} holds no checkpoint; give a run directory or a checkpoint")
+    return other, False

@@ -1,0 +1,82 @@
+"""What rank 0 does with the trainer's reports: journal, MLflow, progress line."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from megamem.config import to_dict
+from megamem.observe.journal import Journal
+from megamem.observe.progress import Progress
+from megamem.observe.tracking import Tracker, flatten
+from megamem_launch.config import RunConfig
+
+
+class RunObserver:
+    """Writes to the journal first, then to whatever else listens; silent on every rank but the first.
+
+    Args:
+        config: The run.
+        rank: Global rank; only 0 writes.
+        steps_done: Optimizer steps that earlier incarnations of the run completed and this one builds on.
+    """
+
+    def __init__(self, config: RunConfig, *, rank: int, steps_done: int) -> None:
+        self._active = rank == 0
+        if not self._active:
+            return
+        run_dir = config.run_dir
+        self._log_interval = config.train.log_interval
+        self._journal = Journal(run_dir / "journal.jsonl")
+        self._progress = Progress(config.train.steps, enabled=True, log_interval=config.train.log_interval)
+        self._progress.__enter__()
+        self._tracker = Tracker(config.tracking, runs_dir=Path(config.runs_dir), run_dir=run_dir, run_name=config.name)
+        self._tracker.start(flatten(to_dict(config)), run_dir / "config.yaml", resume=steps_done > 0)
+        self._journal.start(steps_done + 1 if steps_done else 0, steps_done=steps_done)
+        if steps_done:
+            self._progress.event(f"resumed after step {steps_done}")
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Record an optimizer step."""
+        if not self._active:
+            return
+        entry = self._journal.write("step", step, **metrics)
+        if step % self._log_interval == 0:
+            self._tracker.record(entry)
+        self._progress.update(step, metrics)
+
+    def evaluation(self, step: int, loss: float, *, blocked: bool) -> None:
+        """Record a validation loss."""
+        if not self._active:
+            return
+        self._tracker.record(self._journal.write("eval", step, loss=loss, blocked=blocked))
+        suffix = " with memory blocked" if blocked else ""
+        perplexity = math.exp(min(loss, 700.0))
+        self._progress.event(f"validation loss{suffix} after {step} steps: {loss:.4f} (perplexity {perplexity:.1f})")
+
+    def event(self, name: str, step: int, text: str) -> None:
+        """Record something a person wants to know."""
+        if not self._active:
+            return
+        self._journal.event(name, step, text=text)
+        self._progress.event(text)
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """Write an entry of another kind to the journal."""
+        if self._active:
+            self._journal.write(kind, step, **values)
+
+    def artifact(self, path: Path) -> None:
+        """Keep a file with the tracked run."""
+        if self._active:
+            self._tracker.artifact(path)
+
+    def finish(self, status: Literal["FINISHED", "FAILED"], step: int) -> None:
+        """End of the process."""
+        if not self._active:
+            return
+        self._progress.close()
+        self._journal.event("stop" if status == "FINISHED" else "fail", step)
+        self._journal.close()
+        self._tracker.finish(status)

@@ -1,0 +1,179 @@
+"""One rank of a training run: ``torchrun -m megamem_launch.pretrain CONFIG [section.setting=value ...]``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megamem.config import to_dict
+from megamem.errors import MegamemError
+from megamem.parallel import groups as parallel_groups
+from megamem.train.step import StepRunner
+from megamem.train.trainer import Observer, Progress, Trainer
+from megamem_checkpoints.compare import compare_models
+from megamem_checkpoints.reader import CheckpointReader
+from megamem_launch.compose import Parts, build_parts, check_same_run, checkpoint_meta, initial_checkpoint, open_data
+from megamem_launch.config import RunConfig, load_config, save_config
+from megamem_launch.observer import RunObserver
+from megamem_launch.summary import gate_sample, write_summary
+from megamem_launch.validate import validate
+
+
+def pretrain(config: RunConfig) -> Path:
+    """Train, or go on where the run stopped, on this rank; returns the directory of the run.
+
+    Everything that a user can get wrong is checked before the process group exists. Errors are MegamemError subclasses.
+    """
+    layout = validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    data = open_data(config)
+    check_same_run(config)
+    parallel_groups.init_distributed()
+    try:
+        rank = dist.get_rank()
+        groups = parallel_groups.initialize(layout, seed=config.train.seed)
+        if rank == 0:
+            save_config(config, config.run_dir / "config.yaml")
+        parts = build_parts(config, data, groups)
+        _train(parts, rank)
+    finally:
+        parallel_groups.destroy()
+        dist.destroy_process_group()
+    return config.run_dir
+
+
+def _train(parts: Parts, rank: int) -> None:
+    config = parts.config
+    progress, guard_state = _restore(parts)
+    if progress.step >= config.train.steps:
+        if rank == 0:
+            print(
+                f"{config.run_dir} has already trained {progress.step} of train.steps={config.train.steps} steps; "
+                "raise train.steps to go on"
+            )
+        return
+    observer = RunObserver(config, rank=rank, steps_done=progress.step)
+
+    def save(step: int) -> None:
+        path = parts.checkpointer.save(
+            step,
+            entries=parts.entries,
+            state_of=parts.zero.full_state,
+            tables=parts.memory.tables,
+            meta=checkpoint_meta(parts, asdict(trainer.progress), trainer.guard.state_dict()),
+        )
+        observer.event("checkpoint", step, f"checkpoint of step {step} in {path}")
+
+    trainer = make_trainer(parts, observer, save, progress)
+    if guard_state is not None:
+        trainer.guard.load_state_dict(guard_state)
+    try:
+        trainer.run()
+        _finish(parts, trainer, observer, rank)
+    except BaseException:
+        observer.finish("FAILED", trainer.progress.step)
+        raise
+    finally:
+        parts.loader.close()
+        if parts.validation is not None:
+            parts.validation.close()
+        parts.memory.close()
+    observer.finish("FINISHED", trainer.progress.step)
+
+
+def make_trainer(
+    parts: Parts, observer: Observer, save: Callable[[int], None], progress: Progress | None = None
+) -> Trainer:
+    """The training loop over ``parts``; ``save(step)`` writes a checkpoint."""
+    config = parts.config
+    return Trainer(
+        config=config.train,
+        optimizer=config.optimizer,
+        groups=parts.groups,
+        model=parts.model,
+        zero=parts.zero,
+        memory=parts.memory,
+        runner=StepRunner(
+            parts.zero.module,
+            parts.groups,
+            seq_length=config.data.seq_length,
+            micro_batch_size=config.train.micro_batch_size,
+        ),
+        loader=parts.loader,
+        validation=parts.validation,
+        observer=observer,
+        save=save,
+        checkpoint_interval=config.checkpoint.interval,
+        progress=progress or Progress(),
+    )
+
+
+def _restore(parts: Parts) -> tuple[Progress, dict[str, Any] | None]:
+    """Load the checkpoint that the run starts from, if any."""
+    path, resume = initial_checkpoint(parts.config, parts)
+    if path is None:
+        return Progress(), None
+    compare_models(CheckpointReader(path).meta, {"config": to_dict(parts.config)})
+    loaded = parts.checkpointer.load(
+        path,
+        entries=parts.entries,
+        put_state=parts.zero.load_full_state,
+        tables=parts.memory.tables,
+        optimizer_state=resume,
+    )
+    if not resume:
+        return Progress(), None
+    meta = loaded["meta"]
+    parts.loader.load_state_dict(meta["data"])
+    parts.zero.load_state_dict(meta["optimizer"])
+    return Progress(**meta["progress"]), meta["guard"]
+
+
+def _finish(parts: Parts, trainer: Trainer, observer: RunObserver, rank: int) -> None:
+    """Closing measurements: table usage, gates over a text sample, ``summary.json``, report."""
+    step = trainer.progress.step
+    usage = parts.memory.table_usage()
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, usage)
+    merged: dict[str, float] = {}
+    for shard in gathered:
+        merged.update(shard)
+    observer.record("tables", step, usage=merged)
+    gates = gate_sample(parts, trainer.runner)
+    if gates is not None:
+        observer.record("gates", step, **gates)
+    summary = write_summary(parts, trainer)
+    if rank == 0:
+        from megamem.observe.report import build_report
+
+        report = build_report(parts.config.run_dir)
+        for path in (report, parts.config.run_dir / "summary.json", parts.config.run_dir / "config.yaml"):
+            observer.artifact(path)
+        print(json.dumps({"validation_loss": summary["validation_loss"], "report": str(report)}))
+
+
+def main() -> int:
+    """Entry of ``python -m megamem_launch.pretrain``."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    try:
+        pretrain(load_config(arguments[0], arguments[1:]))
+    except MegamemError as error:
+        if int(os.environ.get("RANK", "0")) == 0 or not dist.is_initialized():
+            print(f"megamem train: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    sys.exit(main())

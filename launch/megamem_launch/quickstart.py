@@ -1,0 +1,171 @@
+"""The whole path on one machine: real text, training, a kill, a resume, a Hugging Face export, a sentence.
+
+``python -m megamem_launch.quickstart`` is what ``make quickstart`` runs. Every number it prints was measured in the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from megamem.errors import MegamemError
+from megamem.observe.journal import read_journal
+from megamem_launch.config import RunConfig, load_config
+
+console = Console()
+
+
+@dataclass
+class Arguments:
+    """Train the quickstart model from nothing and show what came of it."""
+
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Settings to change, as section.setting=value."""
+    config: str = "configs/quickstart.yaml"
+    """Configuration to train."""
+    prompt: str = "def read_file(path):\n    "
+    """What the exported model continues."""
+    new_tokens: int = 48
+    """Tokens that it writes."""
+    fresh: bool = False
+    """Delete the previous quickstart run of the same name and begin again."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run all stages; exit code 2 with one sentence where the user has to change something."""
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m megamem_launch.quickstart")
+    try:
+        quickstart(arguments)
+    except MegamemError as error:
+        print(f"quickstart: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def quickstart(arguments: Arguments) -> dict[str, Any]:
+    """The stages in order; returns what the closing screen shows."""
+    began = time.monotonic()
+    config = load_config(arguments.config, arguments.overrides)
+    run_dir, export = config.run_dir, config.run_dir / "huggingface"
+    if arguments.fresh and run_dir.exists():
+        shutil.rmtree(run_dir)
+    settings = [arguments.config, *arguments.overrides]
+    _title("1/5  prepare text, tokenizer, shards and document clusters")
+    _megamem("data", "prepare", *settings)
+    kill_step = _train(config, settings)
+    _title("4/5  export to Hugging Face format")
+    _megamem("export", str(run_dir), str(export), "--overwrite")
+    _title("5/5  generate from the export")
+    text = _megamem(
+        "generate", str(export), arguments.prompt, "--max-new-tokens", str(arguments.new_tokens), capture=True
+    )
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    _screen(config, summary, export, text, kill_step, time.monotonic() - began)
+    return summary
+
+
+def _train(config: RunConfig, settings: list[str]) -> int | None:
+    """Train, killing the process once after its first checkpoint; the step of the kill, None where nothing was left to do."""
+    _title("2/5  train, and kill the process")
+    done = _steps_done(config.run_dir)
+    killed = None
+    interval = config.checkpoint.interval
+    if interval and done + interval + 1 < config.train.steps:
+        killed = _kill_after(config, settings, done)
+    _title("3/5  resume from the last checkpoint")
+    _megamem("train", *settings)
+    return killed
+
+
+def _kill_after(config: RunConfig, settings: list[str], done: int) -> int:
+    """Start training and SIGKILL it at a random step between the next checkpoint and the one after."""
+    interval = config.checkpoint.interval
+    first = done + interval
+    target = random.randint(first + 1, min(first + interval, config.train.steps - 1))
+    process = subprocess.Popen(_command("train", *settings), start_new_session=True)
+    try:
+        while process.poll() is None and _steps_done(config.run_dir) < target:
+            time.sleep(0.2)
+        if process.poll() is not None:
+            raise MegamemError(
+                f"training ended by itself with exit code {process.returncode} before it could be killed"
+            )
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    step = _steps_done(config.run_dir)
+    console.print(f"\n[bold red]killed[/] (SIGKILL) during step {step + 1}")
+    return step
+
+
+def _steps_done(run_dir: Path) -> int:
+    journal = run_dir / "journal.jsonl"
+    if not journal.exists():
+        return 0
+    return max((entry["step"] for entry in read_journal(journal) if entry["kind"] == "step"), default=0)
+
+
+def _command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "megamem.cli", *words]
+
+
+def _megamem(*words: str, capture: bool = False) -> str:
+    result = subprocess.run(_command(*words), check=False, stdout=subprocess.PIPE if capture else None, text=True)
+    if result.returncode:
+        raise MegamemError(f"`megamem {' '.join(words[:2])} ...` ended with exit code {result.returncode}; see above")
+    return result.stdout or ""
+
+
+def _title(text: str) -> None:
+    console.rule(f"[bold]{text}", align="left")
+
+
+def _screen(
+    config: RunConfig, summary: dict[str, Any], export: Path, text: str, kill_step: int | None, seconds: float
+) -> None:
+    losses, parameters = summary["validation_loss"], summary["parameters"]
+    table = Table.grid(padding=(0, 3))
+    table.add_column(style="dim")
+    table.add_column()
+
+    def row(name: str, value: str) -> None:
+        table.add_row(name, value)
+
+    row("validation loss, before training", f"{losses['first']:.4f}")
+    row("validation loss, after", f"[bold green]{losses['last']:.4f}[/]")
+    if "last_blocked" in losses:
+        row("the same with memory blocked", f"{losses['last_blocked']:.4f}")
+    row("parameters", ", ".join(f"{kind} {parameters[kind] / 1e6:.2f} M" for kind in ("dense", "experts", "tables")))
+    row("training", f"{summary['steps']} steps, {summary['tokens_seen'] / 1e6:.2f} M tokens")
+    if kill_step is not None:
+        row("killed and resumed", f"SIGKILL after step {kill_step}")
+    row("throughput (median)", f"{summary['tokens_per_second']:,.0f} tokens/s on {summary['device']}")
+    if "unique_row_ratio" in summary:
+        row("unique rows per lookup", f"{summary['unique_row_ratio']:.3f}")
+    row("Hugging Face export", str(export))
+    row("report", str(config.run_dir / "report.html"))
+    if config.tracking.mlflow:
+        uri = config.tracking.uri or f"sqlite:///{config.runs_dir}/mlflow.db"
+        row("MLflow", f"mlflow ui --backend-store-uri {uri}")
+    row("everything took", f"{seconds / 60:.1f} min")
+    console.print(Panel(table, title="megamem quickstart", expand=False))
+    console.print(Panel(text.strip("\n"), title="written by the exported model", expand=False), markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

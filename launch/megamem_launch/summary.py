@@ -1,0 +1,136 @@
+"""Closing measurements of a run: ``summary.json`` and the gates over a text sample."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megamem import __version__
+from megamem.batch import StepBatch
+from megamem.models.engram import Engram
+from megamem.observe.journal import read_journal
+from megamem.train.step import StepRunner
+from megamem.train.trainer import Trainer
+from megamem_launch.compose import Parts, precision_of
+
+_GATE_TOKENS = 192  # tokens of the heat-map: about one screen of text
+
+
+def count_parameters(parts: Parts) -> dict[str, int]:
+    """Parameters of the whole model by kind, each counted once: ``dense``, ``experts``, ``tables``."""
+    layout = parts.groups.layout
+    counts = torch.zeros(3, dtype=torch.float64)
+    for entry in parts.entries:
+        local = entry.tensor[entry.rows].numel()
+        if ".mlp.experts." in entry.name:
+            counts[1] += local * layout.ep / layout.dp
+        else:
+            counts[0] += local / (layout.dp * (1 if entry.tp_dim is not None else layout.tp))
+    for table in parts.memory.tables.values():
+        counts[2] += table.rows.numel()
+    dist.all_reduce(counts)
+    dense, experts, tables = (round(x) for x in counts.tolist())
+    return {"dense": dense, "experts": experts, "tables": tables, "total": dense + experts + tables}
+
+
+def write_summary(parts: Parts, trainer: Trainer) -> dict[str, Any]:
+    """Write ``summary.json`` on rank 0 and return its content (on every rank, without what only rank 0 knows)."""
+    config, progress = parts.config, trainer.progress
+    summary: dict[str, Any] = {
+        "name": config.name,
+        "steps": progress.step,
+        "tokens_seen": progress.tokens_seen,
+        "skipped_steps": progress.skipped_steps,
+        "validation_loss": dict(progress.evaluations),
+        "parameters": count_parameters(parts),
+        "world_size": parts.groups.layout.world_size,
+        "precision": precision_of(config),
+        "device": _device_name(),
+        "versions": {"megamem": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    if dist.get_rank() == 0:
+        summary.update(_from_journal(config.run_dir / "journal.jsonl"))
+        path = config.run_dir / "summary.json"
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    return summary
+
+
+def _from_journal(path: Path) -> dict[str, float]:
+    """Throughput and traffic of the steps; medians, so that a checkpoint or a busy machine does not move them."""
+    steps = [entry for entry in read_journal(path) if entry["kind"] == "step"]
+
+    def values(name: str) -> list[float]:
+        return [float(entry[name]) for entry in steps if isinstance(entry.get(name), int | float)]
+
+    measured: dict[str, float] = {}
+    for key, name in (("tokens_per_second", "tokens_per_second"), ("step_seconds", "step_seconds")):
+        if values(name):
+            measured[key] = statistics.median(values(name))
+    lookups, unique = sum(values("lookups")), sum(values("unique_rows"))
+    if lookups:
+        measured["unique_row_ratio"] = unique / lookups
+    if values("stall_seconds") and sum(values("step_seconds")):
+        measured["stall_share"] = sum(values("stall_seconds")) / sum(values("step_seconds"))
+    if values("memory_bytes"):
+        measured["peak_memory_bytes"] = max(values("memory_bytes"))
+    return measured
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def gate_sample(parts: Parts, runner: StepRunner) -> dict[str, Any] | None:
+    """Gates of every Engram layer over the beginning of the validation text, for the report's heat-map.
+
+    Tensor- and pipeline-parallel ranks each see their part; the parts are put together by layer and position. None where
+    the model has no Engram layer or the run has no validation split.
+    """
+    if parts.validation is None or not parts.config.memory.engram.layers:
+        return None
+    batch = parts.validation.batch(0)
+    unit = max(1, parts.groups.layout.pp)
+    sample = StepBatch(step=batch.step, micro_batches=batch.micro_batches[:unit])
+    seen: list[tuple[int, int, list[float]]] = []
+    modules = [module for module in parts.model.modules() if isinstance(module, Engram)]
+    for module in modules:
+        module.gate_observer = _observer(seen, module.layer, parts.groups.coordinates.tp)
+    try:
+        parts.memory.submit(sample, train=False)
+        runner.run(sample, parts.memory.take(sample.step), train=False)
+    finally:
+        for module in modules:
+            module.gate_observer = None
+    mine = seen if parts.groups.coordinates.dp == 0 else []
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    layers: dict[int, dict[int, list[float]]] = {}
+    for part in gathered:
+        for layer, tp, gates in part:
+            layers.setdefault(layer, {}).setdefault(tp, gates)
+    order = sorted(layers)
+    values = [[g for tp in sorted(layers[layer]) for g in layers[layer][tp]][:_GATE_TOKENS] for layer in order]
+    tokens = sample.micro_batches[0].tokens[0, :_GATE_TOKENS].tolist()
+    return {"tokens": parts.data.pieces(tokens), "layers": order, "gates": values}
+
+
+def _observer(seen: list[tuple[int, int, list[float]]], layer: int, tp: int) -> Callable[[torch.Tensor], None]:
+    """Keeps the gates, ``[s / tp, b, 1]``, of the first sequence of the first micro-batch."""
+
+    def observe(gates: torch.Tensor) -> None:
+        if not any(entry[0] == layer for entry in seen):
+            seen.append((layer, tp, [round(float(g), 4) for g in gates[:, 0, 0].cpu()]))
+
+    return observe

@@ -1,0 +1,73 @@
+"""``megamem train``: check the configuration, then train here or through torchrun."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from megamem_launch.config import RunConfig, load_config
+from megamem_launch.validate import validate
+
+
+@dataclass
+class Arguments:
+    """Train a model from a configuration, or go on where its run stopped.
+
+    A run lives in RUNS_DIR/NAME. When that directory already holds a checkpoint the run continues from it, bit for bit;
+    the configuration must then describe the same model and data. With parallel.nproc above 1 the ranks are started with
+    torchrun on this machine; under torchrun or SLURM start `torchrun -m megamem_launch.pretrain CONFIG` instead.
+
+    Examples:
+      megamem train configs/quickstart.yaml
+      megamem train configs/quickstart.yaml name=try2 train.steps=50 memory.engram.width=16
+      megamem train runs/try2 train.steps=100
+      megamem train configs/quickstart.yaml parallel.nproc=2 parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true
+    """
+
+    config: Annotated[str, tyro.conf.Positional]
+    """YAML file, or the directory of a run."""
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Settings to change, as section.setting=value (the value is read as YAML)."""
+
+
+def main(argv: list[str]) -> int:
+    """Entry of the verb."""
+    arguments = tyro.cli(Arguments, args=argv, prog="megamem train")
+    config = load_config(arguments.config, arguments.overrides)
+    if "WORLD_SIZE" not in os.environ and config.parallel.nproc > 1:
+        return _torchrun(config, [arguments.config, *arguments.overrides])
+    from megamem_launch.pretrain import pretrain
+
+    pretrain(config)
+    return 0
+
+
+def _torchrun(config: RunConfig, arguments: list[str]) -> int:
+    """Start the ranks on this machine with torchrun's library; the exit code is that of the first rank that failed."""
+    validate(config, config.parallel.nproc)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from megamem_launch.compose import open_data
+
+    open_data(config)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.parallel.nproc)))
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.parallel.nproc,
+        run_id=f"megamem-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(launch, sys.executable)("-u", "-m", "megamem_launch.pretrain", *arguments)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0

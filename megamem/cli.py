@@ -1,0 +1,76 @@
+"""``megamem <verb>``: the one entry point.
+
+Verbs are entry points of the group ``megamem.verbs``, so this library never imports the packages above it, and ``--help``
+imports none of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import EntryPoint, entry_points
+
+from megamem import __version__
+from megamem.errors import MegamemError
+
+SUMMARIES = {
+    "data": "prepare text: tokenizer, token shards, document clusters",
+    "train": "train a model, or go on where a run stopped",
+    "export": "turn a run into a Hugging Face model directory",
+    "generate": "write text with an exported model",
+    "inspect": "look at a run: headline numbers and an HTML report",
+}
+
+
+def verbs() -> dict[str, EntryPoint]:
+    """The installed verbs by name."""
+    found = {entry.name: entry for entry in entry_points(group="megamem.verbs")}
+    order = list(SUMMARIES)
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
+def usage() -> str:
+    """The text of ``megamem --help``."""
+    known = verbs()
+    width = max((len(name) for name in known), default=0)
+    lines = [f"  {name.ljust(width)}  {SUMMARIES.get(name, '')}".rstrip() for name in known]
+    return "\n".join(
+        [
+            f"megamem {__version__}: pretraining of memory-augmented language models",
+            "",
+            "usage: megamem <verb> [arguments]     (megamem <verb> --help teaches the verb)",
+            "",
+            *lines,
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; errors that the user caused end with one sentence on standard error and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    known = verbs()
+    name = arguments[0]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean `megamem {near[0]}`?" if near else f"verbs: {', '.join(known)}"
+        print(f"megamem: unknown verb `{name}`: {hint}", file=sys.stderr)
+        return 2
+    try:
+        return int(known[name].load()(arguments[1:]) or 0)
+    except MegamemError as error:
+        print(f"megamem {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"megamem {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

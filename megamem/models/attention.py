@@ -1,0 +1,117 @@
+"""Causal attention within documents: torch SDPA or flash-attn, behind megatron-core's core-attention interface."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megamem.errors import ConfigError
+from megamem.models.config import ModelConfig
+from megamem.models.micro import MicroContext
+
+logger = logging.getLogger(__name__)
+_FLASH_HEAD_DIM = 256  # the widest head that flash-attn 2 has kernels for
+
+
+def choose_backend(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """``"sdpa"`` or ``"flash"`` for ``model.attention_backend``; ConfigError where flash is asked for and cannot run."""
+    obstacle = _flash_obstacle(model, device, dtype)
+    if model.attention_backend == "flash" and obstacle:
+        raise ConfigError(f"model.attention_backend is flash, but {obstacle}; set it to auto or sdpa")
+    if model.attention_backend != "auto":
+        return model.attention_backend
+    backend = "sdpa" if obstacle else "flash"
+    logger.info("attention backend: %s%s", backend, f" ({obstacle})" if obstacle else "")
+    return backend
+
+
+def _flash_obstacle(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cuda":
+        return "there is no CUDA device"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "flash-attn is not installed"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash-attn does not compute in {str(dtype).removeprefix('torch.')}"
+    if model.head_dim > _FLASH_HEAD_DIM:
+        return f"attention heads are {model.head_dim} wide and flash-attn takes {_FLASH_HEAD_DIM} at most"
+    return ""
+
+
+class CoreAttention(MegatronModule):
+    """Scaled dot-product attention of grouped queries, causal, never across document ids. No parameters, no dropout."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        backend: str,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale  # None is 1 / sqrt(head width) for both backends
+        self.attend = {"sdpa": sdpa, "flash": flash}[backend]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        /,
+        *,
+        packed_seq_params: MicroContext | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """``query [s, b, heads, d]``, ``key`` and ``value [s, b, groups, d]`` to ``[s, b, heads * d]``; query head ``i`` reads
+        group ``i // (heads / groups)``. Without a context every sequence is one document.
+        """
+        if attention_mask is not None:
+            raise ValueError("documents come from the MicroContext: pass attention_mask=None")
+        return self.attend(query, key, value, packed_seq_params, self.softmax_scale)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, context: MicroContext | None, scale: float | None) -> Tensor:
+    """Attention by ``torch.nn.functional.scaled_dot_product_attention``; shapes as in :meth:`CoreAttention.forward`."""
+    mask = None if context is None else context.attention_mask
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1 and mask is not None and mask.is_cuda:
+        # The one CUDA kernel of SDPA that takes a mask in linear memory wants as many key heads as query heads.
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, context: MicroContext | None, scale: float | None) -> Tensor:
+    """Attention by flash-attn's varlen kernel, documents as its sequences; shapes as in :meth:`CoreAttention.forward`."""
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    s, b = query.shape[:2]
+    query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+    if context is None or context.is_causal:
+        out = flash_attn_func(query, key, value, softmax_scale=scale, causal=True)
+    else:
+        starts, longest = context.cu_seqlens, context.max_document_length
+        query, key, value = (x.reshape(b * s, *x.shape[2:]) for x in (query, key, value))
+        out = flash_attn_varlen_func(
+            query, key, value, starts, starts, longest, longest, softmax_scale=scale, causal=True
+        )
+    return out.view(b, s, -1).transpose(0, 1).contiguous()

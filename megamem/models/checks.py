@@ -1,0 +1,73 @@
+"""Whether a model fits a layout: checks across sections, before anything is built. Needs no torch."""
+
+from __future__ import annotations
+
+from megamem.errors import ConfigError
+from megamem.memory.config import MemoryConfig
+from megamem.models.config import ModelConfig
+from megamem.parallel.layout import Layout, stage_layers
+
+
+def check_model(
+    model: ModelConfig, memory: MemoryConfig, layout: Layout, *, seq_length: int, sequence_parallel: bool
+) -> None:
+    """Raise ConfigError for the first setting that does not fit; return where the model can be built."""
+    if model.vocab_size < 1:
+        raise ConfigError("model.vocab_size is 0; set it to the number of entries of the tokenizer")
+    stage_layers(model.num_layers, layout.pp, 0)
+    _check_memory_layers(model, memory)
+    _check_tensor_parallel(model, memory, layout, seq_length, sequence_parallel)
+    _check_experts(model, layout, sequence_parallel)
+
+
+def _check_memory_layers(model: ModelConfig, memory: MemoryConfig) -> None:
+    for name, layers in (("memory.engram.layers", memory.engram.layers), ("memory.bank.layers", memory.bank.layers)):
+        outside = [layer for layer in layers if not 0 <= layer < model.num_layers]
+        if outside:
+            raise ConfigError(f"{name} names layer {outside[0]}; set layers from 0 to {model.num_layers - 1}")
+
+
+def _check_tensor_parallel(
+    model: ModelConfig, memory: MemoryConfig, layout: Layout, seq_length: int, sequence_parallel: bool
+) -> None:
+    tp = f"parallel.tensor_model_parallel_size={layout.tp}"
+    groups, vocab = model.num_query_groups, model.padded_vocab_size
+    if groups % layout.tp and layout.tp % groups:
+        raise ConfigError(
+            f"model.num_query_groups={groups} is neither a multiple nor a divisor of {tp}; set one to fit the other"
+        )
+    if vocab % layout.tp:
+        raise ConfigError(
+            f"the padded vocabulary has {vocab} rows, not a multiple of {tp}; set model.make_vocab_size_divisible_by to one"
+        )
+    split = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.ffn_hidden_size": model.ffn_hidden_size,
+    }
+    if model.moe.layers:
+        split["model.moe.ffn_hidden_size"] = model.moe.ffn_hidden_size
+        split["model.moe.shared_expert_hidden_size"] = model.moe.shared_expert_hidden_size
+    for name, size in split.items():
+        if size % layout.tp:
+            raise ConfigError(f"{name}={size} is not a multiple of {tp}; set one to fit the other")
+    if seq_length % layout.tp and (sequence_parallel or memory.engram.layers or memory.bank.enabled):
+        raise ConfigError(
+            f"the sequence length {seq_length} is not a multiple of {tp}, over which it is split; set one to fit the other"
+        )
+
+
+def _check_experts(model: ModelConfig, layout: Layout, sequence_parallel: bool) -> None:
+    ep = f"parallel.expert_model_parallel_size={layout.ep}"
+    if not model.moe.layers:
+        if layout.ep > 1:
+            raise ConfigError(f"{ep}, but model.moe.layers names no layer; set {ep.partition('=')[0]} to 1")
+        return
+    if model.moe.num_experts % layout.ep:
+        raise ConfigError(
+            f"model.moe.num_experts={model.moe.num_experts} is not a multiple of {ep}; set one to fit the other"
+        )
+    if layout.tp > 1 and not sequence_parallel:
+        raise ConfigError(
+            "model.moe.layers under tensor parallelism needs parallel.sequence_parallel; set it to true, or "
+            "parallel.tensor_model_parallel_size to 1"
+        )

@@ -1,0 +1,50 @@
+"""What the routers of a mixture of experts need once per optimizer step."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker, get_updated_expert_bias
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megamem.parallel.groups import Groups
+
+_LOSS = "load_balancing_loss"  # megatron's name of the auxiliary loss in its tracker
+
+
+@torch.no_grad()
+def update_router_bias(model: GPTModel, *, discard: bool = False) -> None:
+    """Move the selection biases of ``sigmoid_bias`` routers by one step: up where an expert got fewer tokens of the global batch
+    than the average, down where it got more (arXiv 2408.15664, algorithm 1). Call it after each optimizer step.
+
+    ``discard``: forget the counts and leave the biases, for a step that is skipped. Collective over the pipeline stage unless
+    ``discard`` is set; does nothing in a stage without such routers.
+    """
+    routers = [module for module in model.modules() if isinstance(module, TopKRouter) and module.enable_expert_bias]
+    if not routers:
+        return
+    if not discard:
+        counts = torch.stack([router.local_tokens_per_expert for router in routers])
+        biases = torch.stack([router.expert_bias for router in routers])
+        updated = get_updated_expert_bias(counts, biases, model.config.moe_router_bias_update_rate)
+        for router, bias in zip(routers, updated, strict=True):
+            router.expert_bias.copy_(bias)
+    for router in routers:
+        router.local_tokens_per_expert.zero_()
+
+
+@torch.no_grad()
+def take_aux_loss(model: GPTModel, groups: Groups, *, micro_batches: int) -> float:
+    """Load-balancing loss of the last step before its coefficient, averaged over layers, micro-batches and data-parallel ranks; 1
+    is perfect balance, ``num_experts / router_topk`` the worst case. Collective over the world; 0 for a model without this loss.
+
+    megatron accumulates it until it is taken.
+    """
+    config = model.config
+    if not config.num_moe_experts or config.moe_router_load_balancing_type != "aux_loss":
+        return 0.0
+    tracked = get_moe_layer_wise_logging_tracker().pop(_LOSS, None)
+    total = torch.zeros(1, device=groups.device) if tracked is None else tracked["values"].sum().view(1)
+    dist.all_reduce(total, group=groups.world)  # stages hold different layers, tensor-parallel ranks different tokens
+    return total.item() / (sum(config.moe_layer_freq) * micro_batches * groups.layout.dp)

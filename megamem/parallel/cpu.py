@@ -1,0 +1,156 @@
+"""megatron-core and DeepSpeed without CUDA: the only module of megamem that replaces names in other libraries.
+
+megatron-core 0.16.1 names CUDA devices, streams and random states in code that otherwise runs anywhere torch runs. On a
+machine with a CUDA device :func:`enable` does nothing. On one without, each replaced name would raise when called (or, for
+``torch.cuda.manual_seed``, queue a call for ever), so nothing that works today changes its meaning.
+
+``device="cuda"`` literals are handled where they stand, by giving the few modules that contain them a ``torch`` whose tensor
+factories know only the CPU. A process-wide ``TorchFunctionMode`` would do the same and cost every operator a Python call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = frozenset({"empty", "full", "ones", "tensor", "zeros"})
+_MODULES_WITH_CUDA_LITERALS = (
+    "megatron.core.pipeline_parallel.schedules",  # the token counter of every schedule
+    "megatron.core.transformer.moe.moe_utils",  # values of the auxiliary-loss tracker
+    "megatron.core.transformer.utils",  # default attention masks
+    "megatron.core.tensor_parallel.data",  # sizes in broadcast_data
+)
+_enabled = False
+
+
+def enable() -> bool:
+    """Make megatron-core run on the CPU; whether it does (False, with nothing touched, when there is a CUDA device).
+
+    Call it before a megatron model is built or its random states are seeded; calling it again changes nothing.
+    """
+    global _enabled
+    if torch.cuda.is_available():
+        return False
+    if not _enabled:
+        _replace_devices()
+        _replace_streams()
+        _replace_random_states()
+        _replace_in_moe()
+        # megatron decorates small functions with torch.compile; on the CPU compiling them takes a C++ compiler and
+        # seconds per process, and gains nothing.
+        torch.compiler.set_stance("force_eager")
+        _enabled = True
+    return True
+
+
+def prepare_deepspeed() -> None:
+    """Make DeepSpeed run on the CPU without compiling anything. Call it before DeepSpeed is imported anywhere else."""
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.ops
+
+    # The operations that it may compile. With its communication it would build a shared-memory all-reduce for inference; from
+    # an empty dictionary it builds nothing and does not run compilers to find out whether it could.
+    deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
+
+
+def _replace_devices() -> None:
+    torch.cuda.current_device = lambda: _CPU  # where megatron allocates weights and communication buffers
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]  # copies of tied embeddings
+    for name in _MODULES_WITH_CUDA_LITERALS:
+        importlib.import_module(name).torch = _CpuTorch("torch")  # type: ignore[attr-defined]
+
+
+class _CpuTorch(types.ModuleType):
+    """``torch`` for one module: tensor factories allocate on the CPU whatever device they are asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        if name in _FACTORIES:
+            value = _on_cpu(value)
+        setattr(self, name, value)
+        return value
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def allocate(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return factory(*args, device=_CPU, **kwargs)
+
+    return allocate
+
+
+class _Stream:
+    """Work on the CPU is done when the call returns, so streams and events have nothing to order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> _Event:
+        return event or _Event()
+
+    def synchronize(self) -> None: ...
+
+
+class _Event:
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def _replace_streams() -> None:
+    stream = _Stream()
+    torch.cuda.Stream = _Stream  # type: ignore[misc, assignment]
+    torch.cuda.Event = _Event  # type: ignore[misc, assignment]
+    torch.cuda.current_stream = lambda device=None: stream  # type: ignore[assignment]
+    torch.cuda.stream = lambda stream: contextlib.nullcontext(stream)  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda device=None: None  # point-to-point communication ends with one
+
+
+def _replace_random_states() -> None:
+    """The tracked random states are states of the CPU generator, which is where draws on CPU tensors come from."""
+    from megatron.core.tensor_parallel import random
+
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    torch.cuda.get_rng_state = get_state
+    torch.cuda.set_rng_state = set_state
+    torch.cuda.manual_seed = torch.default_generator.manual_seed  # type: ignore[assignment]
+    random._get_cuda_rng_state = get_state
+    random._set_cuda_rng_state = set_state
+    # The tracker warns when the CPU state moves while its own state is active; here they are one.
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _replace_in_moe() -> None:
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not moe_utils.HAVE_TE:
+        moe_utils.te_general_gemm = None  # tested against None in the router, but defined only with Transformer Engine
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    # megatron's own converts only CUDA tensors; the split sizes of an all-to-all must not stay tensors.
+    token_dispatcher.maybe_move_tensor_to_cpu = move

@@ -1,0 +1,115 @@
+"""One pass over a step batch: micro-batches through megatron-core's schedule, with the step's memory at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megamem.batch import MicroBatch, StepBatch
+from megamem.memory.engine import StepMemory
+from megamem.models.micro import MicroContext
+from megamem.parallel.groups import Groups
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoss:
+    """What a pass measured, equal on every rank."""
+
+    loss: float
+    """Mean over the counted tokens of the global batch, in nats."""
+    tokens: int
+    """Counted tokens of the global batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class _DeviceMicroBatch:
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    context: MicroContext
+
+
+class StepRunner:
+    """Runs forward (and backward) over all micro-batches of a step, on this rank's pipeline stage."""
+
+    def __init__(self, model: torch.nn.Module, groups: Groups, *, seq_length: int, micro_batch_size: int) -> None:
+        self.model = model
+        self.groups = groups
+        self.seq_length = seq_length
+        self.micro_batch_size = micro_batch_size
+        self._schedule = get_forward_backward_func()
+
+    def run(self, batch: StepBatch, memory: StepMemory | None, *, train: bool) -> StepLoss:
+        """Forward over ``batch``, and backward when ``train``: gradients accumulate in parameters and working sets.
+
+        ``memory`` None blocks every memory: modules that look rows up pass the residual through.
+        """
+        tokens = int(self._world_sum(batch.loss_tokens if self._counts else 0.0))
+        count = len(batch.micro_batches)
+        # The schedule divides by the number of micro-batches and the engines by the data-parallel size.
+        scale = count * self.groups.layout.dp / max(tokens, 1)
+        losses: list[torch.Tensor] = []
+        forward = partial(self._forward, scale=scale, losses=losses)
+        self.model.train(train)
+        with torch.set_grad_enabled(train):
+            self._schedule(
+                forward_step_func=forward,
+                data_iterator=self._to_device(batch, memory),
+                model=[self.model],
+                num_microbatches=count,
+                seq_length=self.seq_length,
+                micro_batch_size=self.micro_batch_size,
+                forward_only=not train,
+            )
+        # Summed on the device, read once: no synchronisation per micro-batch.
+        local = float(torch.stack(losses).sum()) if losses and self.groups.coordinates.tp == 0 else 0.0
+        return StepLoss(loss=self._world_sum(local) / max(tokens, 1), tokens=tokens)
+
+    @property
+    def _counts(self) -> bool:
+        """Whether this rank speaks for its data-parallel rank in sums over the world."""
+        return self.groups.coordinates.tp == 0 and self.groups.coordinates.pp == 0
+
+    def _world_sum(self, value: float) -> float:
+        total = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total)
+
+    def _to_device(self, batch: StepBatch, memory: StepMemory | None) -> Iterator[_DeviceMicroBatch]:
+        for index, micro in enumerate(batch.micro_batches):
+            yield self._micro(micro, memory, index)
+
+    def _micro(self, micro: MicroBatch, memory: StepMemory | None, index: int) -> _DeviceMicroBatch:
+        device = self.groups.device
+        b, s = micro.shape
+
+        def put(array: Any) -> torch.Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
+        return _DeviceMicroBatch(
+            tokens=put(micro.tokens),
+            labels=put(micro.labels),
+            position_ids=torch.arange(s, device=device).expand(b, s),
+            loss_mask=put(micro.loss_mask),
+            context=MicroContext.from_batch(micro, device, None if memory is None else memory.micro(index)),
+        )
+
+    def _forward(
+        self, data: Iterator[_DeviceMicroBatch], model: torch.nn.Module, *, scale: float, losses: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, Any]:
+        micro = next(data)
+        output = model(micro.tokens, micro.position_ids, None, labels=micro.labels, packed_seq_params=micro.context)
+
+        def loss(per_token: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            total = (per_token.float() * micro.loss_mask).sum()
+            losses.append(total.detach())
+            return total * scale, {}
+
+        return output, loss

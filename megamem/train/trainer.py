@@ -1,0 +1,192 @@
+"""The training loop: steps, guards, evaluations, and calls to whoever saves and observes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megamem.batch import StepBatch, TokenLoader
+from megamem.memory.engine import MemoryEngine, RowGradients, StepMemory
+from megamem.models.router import take_aux_loss, update_router_bias
+from megamem.observe.memory import memory_bytes
+from megamem.parallel.groups import Groups
+from megamem.parallel.zero import ZeroEngine
+from megamem.train.config import OptimizerConfig, TrainConfig
+from megamem.train.guard import LossGuard
+from megamem.train.schedule import learning_rate
+from megamem.train.step import StepLoss, StepRunner
+
+
+class Observer(Protocol):
+    """Who is told what happens; called on every rank, free to do nothing on most of them."""
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """An optimizer step ended (applied or skipped)."""
+        ...
+
+    def evaluation(self, step: int, loss: float, *, blocked: bool) -> None:
+        """The validation loss after ``step`` steps, with every memory blocked or not."""
+        ...
+
+    def event(self, name: str, step: int, text: str) -> None:
+        """Something a person wants to know; ``name`` is one of the journal's event names."""
+        ...
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counters of a run; what a resume continues from."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    skipped_steps: int = 0
+    evaluations: dict[str, float] = field(default_factory=dict)
+    """Named validation losses: ``first``, ``last``, ``last_blocked``."""
+
+
+@dataclass(slots=True)
+class Trainer:
+    """Trains one pipeline stage in step with all other ranks."""
+
+    config: TrainConfig
+    optimizer: OptimizerConfig
+    groups: Groups
+    model: torch.nn.Module
+    zero: ZeroEngine
+    memory: MemoryEngine
+    runner: StepRunner
+    loader: TokenLoader
+    validation: TokenLoader | None
+    observer: Observer
+    save: Callable[[int], None]
+    """Write a checkpoint of the state after this many steps."""
+    checkpoint_interval: int
+    progress: Progress = field(default_factory=Progress)
+    guard: LossGuard = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guard = LossGuard(self.config)
+
+    def run(self) -> None:
+        """Train from ``progress.step`` to ``config.steps``."""
+        if self.progress.step == 0 and self.validation is not None:
+            self.evaluate("first")
+        saved = self.progress.step
+        while self.progress.step < self.config.steps:
+            self._step(self.progress.step)
+            self.progress.step += 1
+            step = self.progress.step
+            last = step == self.config.steps
+            if self.validation is not None and self._due(step, self.config.eval_interval, last):
+                self.evaluate("last")
+            if self._due(step, self.checkpoint_interval, False) and not last:
+                self.save(step)
+                saved = step
+        if self.validation is not None and self.has_memory:
+            self.evaluate("last_blocked", blocked=True)
+        if saved != self.progress.step:
+            self.save(self.progress.step)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether any pipeline stage looks rows up; equal on all ranks."""
+        flag = torch.tensor([1.0 if self.memory.tables else 0.0])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    @staticmethod
+    def _due(step: int, interval: int, last: bool) -> bool:
+        return last or bool(interval and step % interval == 0)
+
+    def _step(self, step: int) -> None:
+        began = time.perf_counter()
+        batch = self.loader.batch(step)
+        self.memory.submit(batch)
+        memory = self.memory.take(step)
+        self.zero.zero_grad()
+        measured = self.runner.run(batch, memory, train=True)
+        rows = self.memory.return_gradients(memory)
+        self.zero.reduce_gradients()
+        norm, table_norm = self._norms(rows)
+        lr = learning_rate(self.optimizer, step, self.config.steps)
+        reason = self.guard.refuses(measured.loss, norm)
+        if reason is None:
+            self._apply(rows, norm, lr, step)
+        else:
+            self.zero.skip()
+            update_router_bias(self.model, discard=True)
+            self.progress.skipped_steps += 1
+            self.observer.event("skip", step + 1, f"step {step + 1} skipped on all ranks: {reason}")
+        self.progress.tokens_seen += batch_tokens(batch) * self.groups.layout.dp
+        self._report(step, batch, measured, norm, table_norm, lr, reason is not None, time.perf_counter() - began)
+
+    def _norms(self, rows: RowGradients) -> tuple[float, float]:
+        """Global gradient norm and the share of tables in it; every parameter and row counted once."""
+        tables = torch.tensor([rows.norm_sq()], dtype=torch.float64)
+        dist.all_reduce(tables)
+        table_sq = float(tables)
+        return math.sqrt(self.zero.grad_norm_sq() + table_sq), math.sqrt(table_sq)
+
+    def _apply(self, rows: RowGradients, norm: float, lr: float, step: int) -> None:
+        clip = self.optimizer.clip_grad
+        coefficient = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+        self.zero.step(lr=lr, clip_coefficient=coefficient)
+        rows.scale(coefficient)
+        self.memory.apply(rows, lr=lr, step=step + 1)
+        update_router_bias(self.model)
+
+    def _report(
+        self,
+        step: int,
+        batch: StepBatch,
+        measured: StepLoss,
+        norm: float,
+        table_norm: float,
+        lr: float,
+        skipped: bool,
+        seconds: float,
+    ) -> None:
+        tokens = batch_tokens(batch) * self.groups.layout.dp
+        metrics: dict[str, Any] = {
+            "loss": measured.loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "grad_norm_tables": table_norm,
+            "loss_tokens": measured.tokens,
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "memory_bytes": memory_bytes(),
+            "skipped": int(skipped),
+            "aux_loss": take_aux_loss(self.model, self.groups, micro_batches=len(batch.micro_batches)),
+            **self.memory.stats,
+        }
+        self.observer.step(step + 1, metrics)
+
+    def evaluate(self, name: str, *, blocked: bool = False) -> float:
+        """Mean validation loss over ``eval_batches`` global batches; with ``blocked`` every memory is switched off."""
+        assert self.validation is not None
+        total, tokens = 0.0, 0
+        for index in range(self.config.eval_batches):
+            batch = self.validation.batch(index)
+            memory: StepMemory | None = None
+            if not blocked:
+                self.memory.submit(batch, train=False)
+                memory = self.memory.take(batch.step)
+            measured = self.runner.run(batch, memory, train=False)
+            total += measured.loss * measured.tokens
+            tokens += measured.tokens
+        loss = total / max(tokens, 1)
+        self.progress.evaluations[name] = loss
+        self.observer.evaluation(self.progress.step, loss, blocked=blocked)
+        return loss
+
+
+def batch_tokens(batch: StepBatch) -> int:
+    """Tokens of a step batch on its data-parallel rank, counted or not."""
+    return sum(micro.tokens.size for micro in batch.micro_batches)

@@ -1,0 +1,66 @@
+"""`megamem`: help, unknown verbs, and errors that end with one sentence and exit code 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megamem.cli import main, usage, verbs
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert set(verbs()) >= {"data", "train", "export", "generate", "inspect"}
+    for name in verbs():
+        assert f"  {name}" in out
+    assert out.strip() == usage()
+
+
+@pytest.mark.parametrize("verb", ["data", "train", "export", "generate", "inspect"])
+def test_every_verb_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    assert f"megamem {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "unknown verb `trian`: did you mean `megamem train`?"),
+        (
+            ["train", str(ROOT / "configs/quickstart.yaml"), "memory.engram.widht=3"],
+            "unknown setting `memory.engram.widht`: did you mean `width`?",
+        ),
+        (
+            ["train", str(ROOT / "configs/quickstart.yaml"), "memory.optimizer.name=adagard"],
+            "memory.optimizer.name is 'adagard'; set one of: rowwise_adagrad, lazy_adam",
+        ),
+        (["train", "nowhere.yaml"], "no configuration at nowhere.yaml"),
+        (
+            ["train", str(ROOT / "configs/tiny.yaml"), "parallel.nproc=3", "parallel.tensor_model_parallel_size=2"],
+            "a world of 3 ranks does not fit parallel.tensor_model_parallel_size=2",
+        ),
+        (["train", str(ROOT / "configs/tiny.yaml"), "data.path=nowhere"], "nowhere"),
+        (["inspect", "runs/nowhere"], "runs/nowhere"),
+        (["export", "runs/nowhere", "out"], "runs/nowhere"),
+        (["generate", "nowhere", "a prompt"], "nowhere"),
+    ],
+)
+def test_errors_are_one_sentence_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
