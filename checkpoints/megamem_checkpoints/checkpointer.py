@@ -42,11 +42,10 @@ class Checkpointer:
     ) -> Path:
         """Write the state after ``step`` optimizer steps, whole or not at all, and delete what ``config.keep`` lets go.
 
-        Collective over the world. ``state_of`` maps a parameter to ``{"master", "exp_avg", "exp_avg_sq"}`` and a
-        buffer to ``{"master"}``, of its local shape; it is called once per tensor, in the order of ``entries``.
-        ``tables`` are the rows that this rank owns. ``meta`` is plain JSON, and rank 0's is kept. ``rng`` are random
-        states (uint8) beside torch's own CPU and CUDA states, which are always saved. Returns the checkpoint's
-        directory.
+        Collective over the world. ``state_of`` maps a parameter to ``{"master", "exp_avg", "exp_avg_sq"}`` of its local
+        shape; it is called once per parameter, in the order of ``entries``; a buffer is its own state. ``tables`` are the
+        rows that this rank owns. ``meta`` is plain JSON, and rank 0's is kept. ``rng`` are random states (uint8) beside
+        torch's own CPU and CUDA states, which are always saved. Returns the checkpoint's directory.
 
         CheckpointError on every rank where any rank fails (disk full, ...); earlier checkpoints are then untouched.
         """
@@ -81,11 +80,11 @@ class Checkpointer:
     ) -> dict[str, Any]:
         """Read ``path``, written under any layout, into this run. Collective over the world.
 
-        ``put_state`` gets each tensor with the states that :meth:`save` took from ``state_of`` (fp32, local shape, on
-        the tensor's device), in the order of ``entries``; only ``master`` without ``optimizer_state``. Owned rows of
-        ``tables`` and their state are filled in place. torch's random states are set if the world has the size it
-        had; they and the state of tables are left alone without ``optimizer_state``. Returns ``{"step", "meta",
-        "rng"}``, where ``rng`` has the caller's own states (empty under another world size).
+        ``put_state`` gets each parameter with the states that :meth:`save` took from ``state_of`` (fp32, local shape, on
+        the parameter's device), in the order of ``entries``; only ``master`` without ``optimizer_state``. Buffers, owned
+        rows of ``tables`` and their state are filled in place. torch's random states are set if the world has the size it
+        had; they and the state of tables are left alone without ``optimizer_state``. Returns ``{"step", "meta", "rng"}``,
+        where ``rng`` has the caller's own states (empty under another world size).
 
         Format, names, shapes and, with ``verify``, the sha256 of every file (each read by one rank) are checked before
         anything is changed; CheckpointError on every rank where one of them is wrong.

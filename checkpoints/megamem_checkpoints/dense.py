@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -96,19 +96,21 @@ def by_tensor(entries: Iterable[CanonicalEntry]) -> list[list[CanonicalEntry]]:
 def collect(
     entries: Iterable[CanonicalEntry], state_of: Callable[[Tensor], dict[str, Tensor]], sharding: Sharding
 ) -> tuple[dict[str, Tensor], dict[str, DenseRecord]]:
-    """The fp32 state that this rank writes, on the host, and the records of all its entries but copies. Collective, as
-    ``state_of``.
+    """The fp32 state that this rank writes, on the host, and the records of all its entries but copies.
+
+    Collective, as ``state_of``, which is asked about parameters only: a buffer is its own state.
     """
     state_dict: dict[str, Tensor] = {}
     records: dict[str, DenseRecord] = {}
     for group in by_tensor(entry for entry in entries if not entry.is_copy):
-        states = state_of(group[0].tensor)
+        tensor = group[0].tensor
+        states = state_of(tensor) if isinstance(tensor, nn.Parameter) else {MASTER: tensor}
         for entry in group:
             moments = sorted(states.keys() - {MASTER})
             records[entry.name] = DenseRecord(shape=sharding.shape(entry), moments=moments)
             if sharding.keeps(entry):
-                for state, tensor in states.items():
-                    local = tensor.detach()[entry.rows].to("cpu", torch.float32)
+                for state, value in states.items():
+                    local = value.detach()[entry.rows].to("cpu", torch.float32)
                     state_dict[key_of(state, entry.name)] = sharding.place(entry, local)
     return state_dict, records
 

@@ -53,7 +53,8 @@ def latest(directory: Path) -> Path | None:
         return path
     if failures:
         raise CheckpointError(
-            f"no whole checkpoint is left in {directory}: {failures[0]}, or give the run another name"
+            f"no whole checkpoint is left in {directory}; delete it to start again from step 0, or give this run another "
+            f"name (the newest: {failures[0]})"
         )
     return None
 

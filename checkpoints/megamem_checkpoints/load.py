@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,16 +70,13 @@ def load(
     batches = list(dense.batches(entries, states_of))
     for index in range(max(ranks.gather(len(batches)))):
         batch = batches[index] if index < len(batches) else []
-        for tensor, states in ranks.together(
-            lambda batch=batch: dense.read_batch(reader.dense_reader, batch, sharding)
-        ):
-            put_state(tensor, {name: state.to(tensor.device) for name, state in states.items()})
-    ranks.together(
-        lambda: [
-            tables.restore(path, reader.manifest.tables[name], table, state=optimizer_state)
-            for name, table in owned.items()
-        ]
-    )
+        for tensor, states in ranks.together(partial(dense.read_batch, reader.dense_reader, batch, sharding)):
+            if isinstance(tensor, nn.Parameter):
+                put_state(tensor, {name: state.to(tensor.device) for name, state in states.items()})
+            else:
+                tensor.copy_(states[dense.MASTER])
+    for name, table in owned.items():
+        ranks.together(partial(tables.restore, path, reader.manifest.tables[name], table, state=optimizer_state))
     return {"step": reader.step, "meta": reader.meta, "rng": _restore_rng(reader, ranks) if optimizer_state else {}}
 
 

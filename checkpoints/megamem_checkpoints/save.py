@@ -110,9 +110,9 @@ def _manifest(temporary: Path, step: int, world_size: int, meta: Mapping[str, An
         ) from None
     dense_records: dict[str, DenseRecord] = {}
     for part in parts:
-        for name, item in part[1].items():
-            if dense_records.setdefault(name, item) != item:
-                raise ValueError(f"ranks disagree about tensor {name}: {dense_records[name]} and {item}")
+        for name, dense_record in part[1].items():
+            if dense_records.setdefault(name, dense_record) != dense_record:
+                raise ValueError(f"ranks disagree about tensor {name}: {dense_records[name]} and {dense_record}")
     names = {name for part in parts for name in part[2]}
     return Manifest(
         format_version=FORMAT_VERSION,

@@ -13,8 +13,8 @@ class SourceConfig:
     """One corpus of ``data.sources``."""
 
     kind: Literal["folder", "jsonl", "datasets", "python_stdlib"] = "folder"
-    """``folder``: one document per file. ``jsonl``: one per line. ``datasets``: anything ``datasets.load_dataset`` opens.
-    ``python_stdlib``: the sources of the interpreter's standard library, which every machine has."""
+    """``folder``: one document per file. ``jsonl``: one per line. ``datasets``: anything ``datasets.load_dataset``
+    opens. ``python_stdlib``: the sources of the interpreter's standard library, which every machine has."""
     path: str = ""
     """Folder, file, glob of files, or name of the dataset; unused by ``python_stdlib``."""
     pattern: str = "**/*"
@@ -42,7 +42,8 @@ class TokenizerConfig:
     model: str = ""
     """Path of an existing sentencepiece ``.model``; empty trains one."""
     type: Literal["bpe", "unigram"] = "bpe"
-    """``bpe`` exports to Hugging Face with identical ids; ``unigram`` is verified at export and refused on a mismatch."""
+    """``bpe`` exports to Hugging Face with identical ids; ``unigram`` is verified at export and refused on a
+    mismatch."""
     vocab_size: int = 8192
     """Entries of a tokenizer that is trained; an existing model brings its own number."""
     train_lines: int = 400_000
@@ -69,10 +70,11 @@ class DataConfig:
     shard_tokens: int = 16_000_000
     """Tokens per shard file."""
     cluster_dimensions: int = 64
-    """Width of the document embeddings that are clustered into the bank's tree; a sentence encoder brings its own width."""
+    """Width of the document embeddings that are clustered into the bank's tree; a sentence encoder brings its own
+    width."""
     encoder: str = ""
-    """Sentence encoder (a name or folder that ``sentence_transformers`` loads) that embeds documents in place of TF-IDF over
-    the tokenizer's own ids; needs the package ``sentence-transformers``."""
+    """Sentence encoder (a name or folder that ``sentence_transformers`` loads) that embeds documents in place of
+    TF-IDF over the tokenizer's own ids; needs the package ``sentence-transformers``."""
     workers: int = 0
     """Processes of ``megamem data prepare``; 0 takes one per core."""
 

@@ -79,13 +79,15 @@ class SentenceEmbedder:
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise DataError(
-                f"data.encoder={encoder!r} needs the package sentence-transformers; install it, or leave data.encoder empty"
+                f"data.encoder={encoder!r} needs the package sentence-transformers; install it, or leave "
+                "data.encoder empty"
             ) from None
         try:
             self._model = SentenceTransformer(encoder)
         except Exception as error:
             raise DataError(
-                f"data.encoder={encoder!r} cannot be loaded ({error}); set a name or folder that sentence_transformers loads"
+                f"data.encoder={encoder!r} cannot be loaded ({error}); set a name or folder that "
+                "sentence_transformers loads"
             ) from error
         self.encoder = encoder
         self._tokenizer = tokenizer

@@ -7,8 +7,11 @@ Sample ``g`` is the ``g``-th sequence that training reads. It belongs to epoch `
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
+
+from megamem.errors import ConfigError
 
 _ROUNDS = 4
 
@@ -28,8 +31,8 @@ def mix(values: np.ndarray) -> np.ndarray:
 def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     """Images of ``indices`` (int64, each in ``[0, size)``) under a pseudo-random permutation of ``range(size)``.
 
-    A 4-round Feistel network over the next even power of two, whose results outside ``range(size)`` go through the network
-    again (cycle walking): at most four times as many evaluations as indices on average, and no memory.
+    A 4-round Feistel network over the next even power of two, whose results outside ``range(size)`` go through the
+    network again (cycle walking): at most four times as many evaluations as indices on average, and no memory.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -46,7 +49,7 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def window_of_sample(sample_ids: np.ndarray, windows: int, seed: int | None) -> np.ndarray:
-    """Window of each sample, ``[n]`` int64: shuffled anew in every epoch, or in corpus order where ``seed`` is None."""
+    """Window of each sample, int64: shuffled anew in every epoch, in corpus order where ``seed`` is None."""
     epochs, positions = np.divmod(sample_ids, windows)
     if seed is None:
         return positions
@@ -56,18 +59,32 @@ def window_of_sample(sample_ids: np.ndarray, windows: int, seed: int | None) -> 
     return positions
 
 
-def micro_batch_samples(
-    step: int, *, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int
-) -> np.ndarray:
-    """Sample ids of one rank's micro-batches in optimizer step ``step``: ``[micro_batches, micro_batch_size]`` int64.
+@dataclass(frozen=True, slots=True)
+class BatchSlice:
+    """What one data-parallel rank reads of each global batch; ConfigError where the sizes do not divide."""
 
-    Micro-batch ``m`` of rank ``r`` takes samples ``(m * dp_size + r) * micro_batch_size`` onwards of the step, so the ranks
-    together always read the same ``global_batch_size`` samples.
-    """
-    per_rank = global_batch_size // dp_size
-    samples = np.arange(global_batch_size, dtype=np.int64).reshape(-1, dp_size, micro_batch_size)[:, dp_rank]
-    assert samples.size == per_rank
-    return step * global_batch_size + samples
+    global_batch_size: int
+    micro_batch_size: int
+    dp_rank: int
+    dp_size: int
+
+    def __post_init__(self) -> None:
+        unit = self.micro_batch_size * self.dp_size
+        if self.global_batch_size % unit:
+            raise ConfigError(
+                f"train.global_batch_size={self.global_batch_size} is not a multiple of train.micro_batch_size="
+                f"{self.micro_batch_size} x {self.dp_size} data-parallel ranks; set it to a multiple of {unit}"
+            )
+
+    def samples(self, step: int) -> np.ndarray:
+        """Sample ids of the rank's micro-batches in optimizer step ``step``: ``[micro_batches, micro_batch_size]``
+        int64.
+
+        Micro-batch ``m`` of rank ``r`` holds samples ``(m * dp_size + r) * micro_batch_size`` onwards of the step, so
+        all ranks together read the same samples under every layout.
+        """
+        batch = np.arange(self.global_batch_size, dtype=np.int64).reshape(-1, self.dp_size, self.micro_batch_size)
+        return step * self.global_batch_size + batch[:, self.dp_rank]
 
 
 def held_out(documents: int, fraction: float, seed: int) -> np.ndarray:

@@ -12,8 +12,8 @@ from megamem.batch import MicroBatch
 class TokenStream:
     """The chosen documents of some shards as one sequence of tokens, read without copying anything else.
 
-    ``shards[i]`` holds the ids of shard ``i``, ``lengths[i]`` the tokens of each of its documents; ``chosen [documents]``
-    (bool, over all shards) selects documents.
+    ``shards[i]`` holds the ids of shard ``i``, ``lengths[i]`` the tokens of each of its documents; ``chosen
+    [documents]`` (bool, over all shards) selects documents.
     """
 
     def __init__(self, shards: Sequence[np.ndarray], lengths: Sequence[np.ndarray], chosen: np.ndarray) -> None:
@@ -46,14 +46,17 @@ class TokenStream:
             begin = int(self._run_starts[run])
             until = min(stop, int(self._run_starts[run + 1]))
             source = int(self._run_offset[run]) + position - begin
-            out[position - start : until - start] = self._shards[self._run_shard[run]][source : source + until - position]
+            out[position - start : until - start] = self._shards[self._run_shard[run]][
+                source : source + until - position
+            ]
             position, run = until, run + 1
 
 
 def pack(
     stream: TokenStream, windows: np.ndarray, sample_ids: np.ndarray, seq_length: int, paths: np.ndarray
 ) -> MicroBatch:
-    """The micro-batch of ``windows [b]``, numbered ``sample_ids [b]``; ``paths [documents, levels]`` covers the whole data."""
+    """The micro-batch of ``windows [b]``, numbered ``sample_ids [b]``; ``paths [documents, levels]`` covers the whole
+    data."""
     b = len(windows)
     tokens = np.empty((b, seq_length + 1), dtype=np.int64)
     opens = np.zeros((b, seq_length + 1), dtype=bool)

@@ -1,7 +1,7 @@
 """Prepared data on disk: what ``prepare`` writes and everything else opens.
 
-``data.json`` (the manifest: counts, hashes and sizes of all other files), ``tokenizer.model``, ``shard_*.bin`` and ``.idx``; with a
-cluster tree also ``clusters.safetensors`` and ``paths.npy`` (``[documents, levels]`` int64).
+``data.json`` (the manifest: counts, hashes and sizes of all other files), ``tokenizer.model``, ``shard_*.bin`` and
+``.idx``; with a cluster tree also ``clusters.safetensors`` and ``paths.npy`` (``[documents, levels]`` int64).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -64,9 +64,13 @@ class Manifest:
         text = json.dumps([self.format, decisive, self.shards, self.files], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def write(self, folder: Path) -> None:
-        """Write ``data.json``."""
-        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=1) + "\n")
+    def write(self, folder: Path) -> Manifest:
+        """Write ``data.json``; returns the manifest with its fingerprint."""
+        complete = replace(self, fingerprint=self.content)
+        path = folder / MANIFEST
+        path.write_text(json.dumps(asdict(complete), indent=1) + "\n")
+        fsync(path)
+        return complete
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -75,13 +79,17 @@ class Manifest:
         try:
             manifest = cls(**json.loads(path.read_text()))
         except FileNotFoundError:
-            raise DataError(f"{folder} holds no prepared data; run `megamem data prepare`, or set data.path to prepared data") from None
+            raise DataError(
+                f"{folder} holds no prepared data; run `megamem data prepare`, or set data.path to prepared data"
+            ) from None
         except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"{path} is damaged ({error}); prepare the data again") from None
+            raise DataError(f"{path} is damaged ({error}); delete its folder and prepare again") from None
         if manifest.format != FORMAT:
-            raise DataError(f"{path} has the format {manifest.format!r}, not {FORMAT!r}; prepare the data again")
+            raise DataError(
+                f"{path} has the format {manifest.format!r}, not {FORMAT!r}; delete its folder and prepare again"
+            )
         if manifest.fingerprint != manifest.content:
-            raise DataError(f"{path} does not match its fingerprint; prepare the data again")
+            raise DataError(f"{path} does not match its fingerprint; delete its folder and prepare again")
         return manifest
 
 
@@ -103,9 +111,13 @@ class PreparedData:
         for name, expected in data.manifest.files.items():
             check_file(folder / name, expected, hashed=verify or name == TOKENIZER)
         if data.document_paths.shape != (data.manifest.documents, data.levels):
-            raise DataError(f"{folder / PATHS} does not hold one path per document; prepare the data again")
+            raise DataError(
+                f"{folder / PATHS} does not hold one path per document; delete its folder and prepare again"
+            )
         if len(data.lengths) != data.manifest.documents:
-            raise DataError(f"{folder / MANIFEST} counts other documents than its shards; prepare the data again")
+            raise DataError(
+                f"{folder / MANIFEST} counts other documents than its shards; delete its folder and prepare again"
+            )
         return data
 
     @property
@@ -156,13 +168,14 @@ class PreparedData:
 
     @cached_property
     def document_paths(self) -> np.ndarray:
-        """``[documents, levels]`` int64, cluster of each document at every level (see ``MicroBatch.document_paths``)."""
+        """``[documents, levels]`` int64, cluster of each document at every level (see
+        ``MicroBatch.document_paths``)."""
         if not self.levels:
             return np.empty((self.manifest.documents, 0), dtype=np.int64)
         try:
             return np.load(self.path / PATHS, mmap_mode="r", allow_pickle=False)
         except ValueError as error:
-            raise DataError(f"{self.path / PATHS} is damaged ({error}); prepare the data again") from None
+            raise DataError(f"{self.path / PATHS} is damaged ({error}); delete its folder and prepare again") from None
 
     @cached_property
     def clusters(self) -> ClusterTree | None:
@@ -186,11 +199,20 @@ class PreparedData:
         return validation if split == "validation" else ~validation
 
 
+def fsync(path: Path) -> None:
+    """Return when a file or directory is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def describe_file(path: Path) -> dict[str, Any]:
     """Bytes and sha256 of a file, which is on disk when this returns."""
+    fsync(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
@@ -199,10 +221,12 @@ def check_file(path: Path, expected: dict[str, Any], *, hashed: bool) -> None:
     try:
         size = path.stat().st_size
         if size != expected["bytes"]:
-            raise DataError(f"{path} has {size:,} bytes in place of {expected['bytes']:,}; prepare the data again")
+            raise DataError(
+                f"{path} has {size:,} bytes in place of {expected['bytes']:,}; delete its folder and prepare again"
+            )
         if hashed:
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-                    raise DataError(f"{path} does not match its checksum; prepare the data again")
+                    raise DataError(f"{path} does not match its checksum; delete its folder and prepare again")
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error}); prepare the data again") from None
+        raise DataError(f"{path} cannot be read ({error}); delete its folder and prepare again") from None

@@ -1,4 +1,5 @@
-"""Progress of ``prepare`` on standard error: rich bars on a terminal, plain lines elsewhere, nothing when switched off."""
+"""Progress of ``prepare`` on standard error: rich bars on a terminal, plain lines elsewhere, nothing when switched
+off."""
 
 from __future__ import annotations
 

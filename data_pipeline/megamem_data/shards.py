@@ -55,10 +55,10 @@ class ShardWriter:
             if self._tokens >= self._shard_tokens:
                 self._finish()
 
-    def close(self) -> tuple[ShardInfo, ...]:
+    def close(self) -> list[ShardInfo]:
         """Finish the last shard; all shards in order."""
         self._finish()
-        return tuple(self._shards)
+        return self._shards
 
     def _finish(self) -> None:
         if self._builder is None:
@@ -76,9 +76,12 @@ class Shard:
         try:
             self._dataset = IndexedDataset(str(prefix))
         except (AssertionError, ValueError, OSError) as error:
-            raise DataError(f"{prefix}.idx is damaged ({error}); prepare the data again") from None
+            raise DataError(f"{prefix}.idx is damaged ({error}); delete its folder and prepare again") from None
         self.lengths: np.ndarray = self._dataset.sequence_lengths.astype(np.int64)
         """``[documents]`` int64, tokens of each document."""
-        if self._dataset.index.dtype != dtype or (len(self.lengths), self.lengths.sum()) != (info.documents, info.tokens):
-            raise DataError(f"{prefix}.idx does not describe the documents that data.json lists; prepare the data again")
+        found = (self._dataset.index.dtype, len(self.lengths), int(self.lengths.sum()))
+        if found != (dtype, info.documents, info.tokens):
+            raise DataError(
+                f"{prefix}.idx does not describe the shard of data.json; delete its folder and prepare again"
+            )
         self.tokens: np.ndarray = self._dataset.bin_reader.read(dtype, info.tokens, 0)

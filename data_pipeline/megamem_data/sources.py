@@ -39,13 +39,16 @@ def read_documents(sources: Sequence[SourceConfig], *, strict: bool, counts: Sou
     """
     for number, source in enumerate(sources):
         where = f"data.sources[{number}]"
-        documents = _datasets_texts(source, where) if source.kind == "datasets" else _file_texts(source, where, strict, counts)
+        documents = (
+            _datasets_texts(source, where) if source.kind == "datasets" else _file_texts(source, where, strict, counts)
+        )
         texts = (text for text in documents if _has_text(text, counts))
         yield from islice(texts, source.max_documents or None)
 
 
 def list_files(source: SourceConfig, where: str = "data.sources") -> list[Path]:
-    """Files of a source that reads files, sorted; DataError where there is none. Hidden files and folders are left out."""
+    """Files of a source that reads files, sorted; DataError where there is none. Hidden files and folders are left
+    out."""
     if source.kind == "python_stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         outside = {"site-packages", "dist-packages"}
@@ -108,7 +111,8 @@ def _decode(data: bytes, origin: str, strict: bool, counts: SourceCounts) -> str
     except UnicodeDecodeError as error:
         if strict:
             raise DataError(
-                f"{origin} is not valid UTF-8 (byte {error.start}); convert it, or prepare without strict to replace the bytes"
+                f"{origin} is not valid UTF-8 (byte {error.start}); convert it, or prepare without strict to "
+                "replace the bytes"
             ) from None
         counts.invalid_utf8 += 1
         return data.decode("utf-8", errors="replace")
@@ -144,5 +148,6 @@ def _datasets_texts(source: SourceConfig, where: str) -> Iterator[str]:
         raise
     except Exception as error:
         raise DataError(
-            f"{where}: datasets.load_dataset({source.path!r}, split={source.split!r}) failed: {type(error).__name__}: {error}"
+            f"{where}: datasets.load_dataset({source.path!r}, split={source.split!r}) failed: "
+            f"{type(error).__name__}: {error}"
         ) from error

@@ -1,10 +1,10 @@
 """Sentencepiece: training, exact encoding, parallel encoding.
 
-A trained model has no ``<s>`` and no padding entry: id 0 is ``<unk>`` (never produced, bytes stand for unknown characters), id 1
-is ``</s>``, which ends every document; ids 2 to 257 are the bytes. Text is taken as it is (identity normalisation, white space
-kept, no prefix space), digits are single pieces and runs of spaces may be one piece. With these settings and type ``bpe``,
-Hugging Face's ``AutoTokenizer`` gives the same ids on a folder that holds the file as ``tokenizer.model`` when it is called with
-``split_special_tokens=True``; a prefix space would break that.
+A trained model has no ``<s>`` and no padding entry: id 0 is ``<unk>`` (never produced, bytes stand for unknown
+characters), id 1 is ``</s>``, which ends every document; ids 2 to 257 are the bytes. Text is taken as it is (identity
+normalisation, white space kept, no prefix space), digits are single pieces and runs of spaces may be one piece. With
+these settings and type ``bpe``, Hugging Face's ``AutoTokenizer`` gives the same ids on a folder that holds the file
+as ``tokenizer.model`` when it is called with ``split_special_tokens=True``; a prefix space would break that.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Tokenizer:
         except RuntimeError as error:
             raise DataError(f"{origin} is no sentencepiece model ({error}); set data.tokenizer.model to one") from None
         if self.vocab_size == 0 or self.eos_id < 0:
-            raise DataError(f"{origin} has no end-of-document entry; set data.tokenizer.model to a model with an eos_id")
+            raise DataError(
+                f"{origin} has no end-of-document entry; set data.tokenizer.model to a model with an eos_id"
+            )
         self.model = model
         self._processor = processor
         self._by_line = _lines_are_independent(model)
@@ -65,7 +67,8 @@ class Tokenizer:
 
 
 def _lines_are_independent(model: bytes) -> bool:
-    """Whether a text's ids are those of its lines one after another: no piece crosses a line end, no rule looks past it."""
+    """Whether a text's ids are those of its lines one after another: no piece crosses a line end, no rule looks past
+    it."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     rules, trainer = proto.normalizer_spec, proto.trainer_spec
     return (
@@ -109,7 +112,10 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig, *, seed: 
     except RuntimeError as error:
         message = str(error)
         if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-            advice = f"is too small for 256 bytes, 2 special entries and this corpus's characters; set it to at least {found[1]}"
+            advice = (
+                "is too small for 256 bytes, 2 special entries and this corpus's characters; set it to at least "
+                f"{found[1]}"
+            )
         elif found := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", message):
             advice = f"is more than this corpus supports; lower it to at most {found[1]}, or add text"
         else:
@@ -148,15 +154,16 @@ def _lowest(lines: list[str], priorities: list[float], count: int) -> tuple[list
     return [lines[i] for i in kept], [priorities[i] for i in kept]
 
 
-Encoded = tuple[np.ndarray, np.ndarray, int]
-"""Documents that were encoded together: ids ``[tokens]`` with an end-of-document id after each document, lengths
-``[documents]`` int64 that count it, and the number of characters they came from."""
+Encoded = tuple[np.ndarray, np.ndarray]
+"""Documents that were encoded together: ids ``[tokens]`` with an end-of-document id after each document, and lengths
+``[documents]`` int64 that count it."""
 
 
 def encode_documents(
     documents: Iterable[str], tokenizer: Tokenizer, *, dtype: type[np.integer], workers: int = 0
 ) -> Iterator[Encoded]:
-    """Encode ``documents`` in order with ``workers`` processes (0: one per core), in batches of about a million characters."""
+    """Encode ``documents`` in order with ``workers`` processes (0: one per core), in batches of about a million
+    characters."""
     workers = workers or len(os.sched_getaffinity(0))
     batches = _batches(documents)
     head = list(islice(batches, 2))
@@ -195,7 +202,7 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 def _encode(tokenizer: Tokenizer, texts: list[str], dtype: type[np.integer]) -> Encoded:
     ids = [np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype=dtype) for text in texts]
-    return np.concatenate(ids), np.array([len(i) for i in ids], dtype=np.int64), sum(map(len, texts))
+    return np.concatenate(ids), np.array([len(i) for i in ids], dtype=np.int64)
 
 
 _worker: tuple[Tokenizer, type[np.integer]]

@@ -13,7 +13,7 @@ import torch
 
 from megamem.batch import TokenLoader
 from megamem.config import to_dict
-from megamem.errors import CheckpointError, ConfigError
+from megamem.errors import ConfigError
 from megamem.memory.engine import MemoryEngine
 from megamem.memory.streams import build_streams
 from megamem.models.canonical import CanonicalEntry, canonical_entries
@@ -22,6 +22,7 @@ from megamem.parallel.groups import Groups
 from megamem.parallel.layout import stage_layers
 from megamem.parallel.zero import ZeroEngine
 from megamem_checkpoints.checkpointer import Checkpointer
+from megamem_checkpoints.directory import find_checkpoint
 from megamem_data.loader import build_loader
 from megamem_data.prepared import PreparedData
 from megamem_launch.config import RunConfig, load_config
@@ -79,7 +80,7 @@ def fold_of(config: RunConfig, data: PreparedData) -> np.ndarray | None:
         return None
     from megamem.memory.folding import fold_from_sentencepiece
 
-    return fold_from_sentencepiece(data.tokenizer_model).lookup
+    return fold_from_sentencepiece(data.tokenizer_model)
 
 
 def build_parts(config: RunConfig, data: PreparedData, groups: Groups) -> Parts:
@@ -203,10 +204,4 @@ def initial_checkpoint(config: RunConfig, parts: Parts) -> tuple[Path | None, bo
         return own, True
     if not config.checkpoint.load:
         return None, False
-    source = Path(config.checkpoint.load)
-    if (source / "manifest.json").exists():
-        return source, False
-    other = Checkpointer(source / "checkpoints", config.checkpoint, groups=parts.groups).latest()
-    if other is None:
-        raise CheckpointError(f"checkpoint.load={source} holds no checkpoint; give a run directory or a checkpoint")
-    return other, False
+    return find_checkpoint(Path(config.checkpoint.load)), False

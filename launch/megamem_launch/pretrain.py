@@ -23,7 +23,7 @@ from megamem_checkpoints.reader import CheckpointReader
 from megamem_launch.compose import Parts, build_parts, check_same_run, checkpoint_meta, initial_checkpoint, open_data
 from megamem_launch.config import RunConfig, load_config, save_config
 from megamem_launch.observer import RunObserver
-from megamem_launch.summary import gate_sample, write_summary
+from megamem_launch.summary import gate_sample, table_usage, write_summary
 from megamem_launch.validate import validate
 
 
@@ -52,7 +52,7 @@ def pretrain(config: RunConfig) -> Path:
 def _train(parts: Parts, rank: int) -> None:
     config = parts.config
     progress, guard_state = _restore(parts)
-    if progress.step >= config.train.steps:
+    if progress.step >= config.train.steps and (config.run_dir / "summary.json").exists():
         if rank == 0:
             print(
                 f"{config.run_dir} has already trained {progress.step} of train.steps={config.train.steps} steps; "
@@ -139,13 +139,7 @@ def _restore(parts: Parts) -> tuple[Progress, dict[str, Any] | None]:
 def _finish(parts: Parts, trainer: Trainer, observer: RunObserver, rank: int) -> None:
     """Closing measurements: table usage, gates over a text sample, ``summary.json``, report."""
     step = trainer.progress.step
-    usage = parts.memory.table_usage()
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, usage)
-    merged: dict[str, float] = {}
-    for shard in gathered:
-        merged.update(shard)
-    observer.record("tables", step, usage=merged)
+    observer.record("tables", step, usage=table_usage(parts))
     gates = gate_sample(parts, trainer.runner)
     if gates is not None:
         observer.record("gates", step, **gates)

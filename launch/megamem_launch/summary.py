@@ -41,6 +41,24 @@ def count_parameters(parts: Parts) -> dict[str, int]:
     return {"dense": dense, "experts": experts, "tables": tables, "total": dense + experts + tables}
 
 
+def table_usage(parts: Parts) -> dict[str, float]:
+    """Share of the rows of every table of the model that were ever updated. Collective over the world."""
+    local = parts.memory.table_usage()
+    owned = {
+        name: (usage * len(parts.memory.tables[name].rows), len(parts.memory.tables[name].rows))
+        for name, usage in local.items()
+    }
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, owned)
+    used: dict[str, float] = {}
+    rows: dict[str, int] = {}
+    for shard in gathered:
+        for name, (touched, count) in shard.items():
+            used[name] = used.get(name, 0.0) + touched
+            rows[name] = rows.get(name, 0) + count
+    return {name: used[name] / max(rows[name], 1) for name in sorted(used)}
+
+
 def write_summary(parts: Parts, trainer: Trainer) -> dict[str, Any]:
     """Write ``summary.json`` on rank 0 and return its content (on every rank, without what only rank 0 knows)."""
     config, progress = parts.config, trainer.progress
@@ -123,7 +141,15 @@ def gate_sample(parts: Parts, runner: StepRunner) -> dict[str, Any] | None:
     order = sorted(layers)
     values = [[g for tp in sorted(layers[layer]) for g in layers[layer][tp]][:_GATE_TOKENS] for layer in order]
     tokens = sample.micro_batches[0].tokens[0, :_GATE_TOKENS].tolist()
-    return {"tokens": parts.data.pieces(tokens), "layers": order, "gates": values}
+    return {"tokens": _pieces(parts.data.tokenizer_model, tokens), "layers": order, "gates": values}
+
+
+def _pieces(model: Path, tokens: list[int]) -> list[str]:
+    """The text of each token, white space shown as it is."""
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=str(model))
+    return [processor.id_to_piece(token).replace("\u2581", " ") for token in tokens]
 
 
 def _observer(seen: list[tuple[int, int, list[float]]], layer: int, tp: int) -> Callable[[torch.Tensor], None]:

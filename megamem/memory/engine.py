@@ -33,12 +33,12 @@ class MicroMemory:
     _host_index: dict[str, np.ndarray]
 
     def rows(self, table: str) -> Tensor:
-        """The working set of a table, ``[unique, width]`` fp32 on the engine's device, a leaf whose gradient accumulates over
-        the micro-batches of the step."""
+        """The working set of a table, ``[unique, width]`` fp32 on the engine's device: a leaf whose gradient accumulates
+        over the micro-batches of the step."""
         return self._working_sets[table]
 
     def index(self, stream: str) -> Tensor:
-        """``[b, s_local, k]`` int64 on the engine's device: ``rows(table)[index(stream)]`` are the rows of the addresses."""
+        """``[b, s_local, k]`` int64 on the engine's device; ``rows(table)[index(stream)]`` are the addressed rows."""
         return self._index[stream]
 
     def host_index(self, stream: str) -> np.ndarray:
@@ -130,8 +130,8 @@ class MemoryEngine:
                 self.tables[spec.name] = table
 
     def submit(self, batch: StepBatch, *, train: bool = True) -> None:
-        """Announce a step; its rows are read when it is taken, after every update before. Without ``train`` the working sets
-        have no gradient, and streams address rows as at evaluation."""
+        """Announce a step; its rows are read when it is taken, after every update before. Without ``train`` the working
+        sets have no gradient, and streams address rows as at evaluation."""
         stats = StepStats()
         with stats.timed("plan_seconds", "stall_seconds"):
             plan = plan_step(
@@ -167,8 +167,9 @@ class MemoryEngine:
     def return_gradients(self, memory: StepMemory) -> RowGradients:
         """Send the gradients of a step's working sets to the owners of the rows. Collective.
 
-        Contributions to a row are added in rank order, so the result is the same bit for bit in every run, and divided by
-        the data-parallel size. A working set without a gradient counts as zero. The gradients of ``memory`` are released.
+        Contributions to a row are added in rank order, so that the result is the same bit for bit in every run, and
+        divided by the data-parallel size. A working set without a gradient counts as zero. The gradients of ``memory``
+        are released.
 
         Raises:
             ValueError: ``memory`` was submitted without ``train``.

@@ -1,8 +1,8 @@
 """The traffic of one optimizer step inside a memory group: ids to owners, rows back, gradients to owners.
 
-Each is a single all-to-all over all streams and tables. Messages are flat: for every peer, for every stream in order, and
-for rows for every table of the stream in order, the rows in ascending id. What arrives from another rank is validated before
-it is used as an index.
+Each is a single all-to-all over all streams and tables. Messages are flat: for every peer, for every stream in order,
+and for rows for every table of the stream in order, the rows in ascending id. What arrives from another rank is validated
+before it is used as an index.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Exchange:
         Args:
             plan: The plan that :meth:`fetch` was called with.
             requests: What :meth:`fetch` returned.
-            gradients: Per table ``[unique, width]`` fp32 on the CPU in the order of the plan's ids; a missing table counts
-                as zero.
+            gradients: Per table ``[unique, width]`` fp32 on the CPU in the order of the plan's ids; a missing table
+                counts as zero.
 
         Returns:
             Per table ``[n, width]``: the gradients of the rows of ``requests``, sender after sender.
@@ -94,9 +94,10 @@ class Exchange:
             return {}
         asked, wanted = self._asked(requests), self._wanted(plan)
         pieces = iter(self._pieces(send := torch.zeros(self._elements(wanted)), wanted))
+        bounds = {name: stream.bounds for name, stream in plan.streams.items()}
         for owner in range(self.size):
             for stream in self.streams:
-                start, stop = plan.streams[stream.name].bounds[owner]
+                start, stop = bounds[stream.name][owner]
                 for spec in stream.tables:
                     piece = next(pieces).view(stop - start, spec.width)
                     if spec.name in gradients:
@@ -131,13 +132,14 @@ class Exchange:
     def _validate_counts(self, own_step: int, sender: int, step: int, counts: list[int]) -> None:
         if step != own_step:
             raise ExchangeError(
-                f"rank {sender} of the memory group is at step {step} while rank {self.rank} is at step {own_step}; {_HINT}"
+                f"rank {sender} of the memory group is at step {step} while rank {self.rank} is at step {own_step}; "
+                f"{_HINT}"
             )
         for stream, count in zip(self.streams, counts, strict=True):
             if not 0 <= count <= len(self._owned[stream.name]):
                 raise ExchangeError(
-                    f"rank {sender} of the memory group asks rank {self.rank} for {count} rows of stream {stream.name}, "
-                    f"which has {len(self._owned[stream.name])} here; {_HINT}"
+                    f"rank {sender} of the memory group asks rank {self.rank} for {count} rows of stream "
+                    f"{stream.name}, which has {len(self._owned[stream.name])} here; {_HINT}"
                 )
 
     def _validated_ids(self, stream: str, sender: int, ids: Tensor) -> Tensor:
@@ -147,8 +149,8 @@ class Exchange:
         wrong[1:] |= ids[1:] <= ids[:-1]
         if wrong.any():
             raise ExchangeError(
-                f"rank {sender} of the memory group asks rank {self.rank} for row {int(ids[wrong][0])} of stream {stream}, "
-                f"which is repeated, out of order or outside the rows [{owned.start}, {owned.stop}) here; {_HINT}"
+                f"rank {sender} of the memory group asks rank {self.rank} for row {int(ids[wrong][0])} of stream "
+                f"{stream}, which is repeated, out of order or outside the rows [{owned.start}, {owned.stop}) here; {_HINT}"
             )
         return ids - owned.start
 

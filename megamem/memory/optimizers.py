@@ -34,7 +34,10 @@ class StateSpec:
 class RowOptimizer(Protocol):
     """Updates touched rows; rows that no step touches and their state never change."""
 
-    state: tuple[StateSpec, ...]
+    @property
+    def state(self) -> tuple[StateSpec, ...]:
+        """The state tensors it keeps for every table."""
+        ...
 
     def update(self, table: OwnedTable, index: Tensor, gradient: Tensor, *, lr: float, step: int) -> None:
         """Change ``table`` in place.

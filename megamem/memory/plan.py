@@ -28,7 +28,7 @@ class StreamPlan:
     ids: np.ndarray
     """``[unique]`` int64, distinct logical rows in ascending order, and so grouped by owner."""
     inverse: tuple[np.ndarray, ...]
-    """Per micro-batch, int64 of the shape of its addresses: ``ids[inverse[i]]`` are the addresses of micro-batch ``i``."""
+    """Per micro-batch, int64 of the shape of its addresses: ``ids[inverse[i]]`` are those of micro-batch ``i``."""
     counts: tuple[int, ...]
     """Rows that each owner is asked for; sums to ``unique``."""
 

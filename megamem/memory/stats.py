@@ -41,7 +41,7 @@ class StepStats:
                 setattr(self, name, getattr(self, name) + elapsed)
 
     def as_dict(self) -> dict[str, float]:
-        """Flat numbers; ``unique_ratio`` is ``unique_rows / lookups``, per-table counts are ``touched_rows/<table>``."""
+        """Flat numbers: ``unique_ratio`` is ``unique_rows / lookups``, ``touched_rows/<table>`` a count per table."""
         return {
             "lookups": self.lookups,
             "unique_rows": self.unique_rows,

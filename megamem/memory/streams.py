@@ -15,7 +15,7 @@ from megamem.memory.folding import folded_vocab_size
 from megamem.memory.hashing import HashSpec, hash_specs
 from megamem.memory.table import InitSegment, TableSpec
 from megamem.models.config import ModelConfig
-from megamem_kernels.ngram_hash.op import ngram_hash
+from megamem_kernels.ngram_hash import ngram_hash
 
 
 class Stream(Protocol):
@@ -29,8 +29,8 @@ class Stream(Protocol):
     def addresses(self, micro: MicroBatch, positions: slice, *, train: bool = True) -> np.ndarray:
         """Row ids that the tokens at ``positions`` of every sequence read.
 
-        ``[b, len(positions), k]`` int64 in ``[0, rows)``. A pure function of tokens, documents and sample ids, so the same
-        for a sequence under every layout and in every micro-batch.
+        ``[b, len(positions), k]`` int64 in ``[0, rows)``. A pure function of tokens, documents and sample ids, so the
+        same for a sequence under every layout and in every micro-batch.
         """
         ...
 

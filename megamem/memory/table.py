@@ -50,11 +50,11 @@ class OwnedTable:
     rows: Tensor
     """``[stop - start, width]`` fp32."""
     state: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors ``[stop - start, ...]``: what the row optimizer keeps, and ``touched`` (uint8, 1 where a row was ever updated)."""
+    """Tensors ``[stop - start, ...]``: what the row optimizer keeps, and ``touched`` (uint8, 1 for rows ever updated)."""
 
     @classmethod
     def create(cls, spec: TableSpec, *, owners: int = 1, owner: int = 0, seed: int) -> OwnedTable:
-        """The freshly initialised rows that ``owner`` of ``owners`` stores; the same values for any number of owners."""
+        """The initial rows that ``owner`` of ``owners`` stores; the same values for any number of owners."""
         owned = owner_range(spec.rows, owners, owner)
         return cls(spec, owned.start, owned.stop, initial_rows(spec, owned.start, owned.stop, seed=seed))
 
@@ -65,10 +65,10 @@ class OwnedTable:
 
 
 def initial_rows(spec: TableSpec, start: int, stop: int, *, seed: int) -> Tensor:
-    """Initial rows ``[start, stop)`` of a table, ``[stop - start, width]`` fp32: a function of seed, table name and row.
+    """Initial rows ``[start, stop)`` of a table, ``[stop - start, width]`` fp32: a function of seed, spec and row.
 
-    Logical rows are drawn in fixed chunks, each from a Philox generator keyed by (seed, name, chunk), so that any cut of the
-    table into owners gives the same rows and nothing larger than a chunk (1 MiB or one row) is allocated beside the result.
+    Logical rows are drawn in fixed chunks, each from a Philox generator keyed by (seed, name, chunk), so that any cut of
+    the table into owners gives the same rows, and only a few chunks (1 MiB, or one row) are allocated beside the result.
     """
     rows = torch.zeros(stop - start, spec.width)
     if not any(segment.std for segment in spec.init):

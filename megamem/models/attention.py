@@ -21,7 +21,7 @@ _FLASH_HEAD_DIM = 256  # the widest head that flash-attn 2 has kernels for
 
 
 def choose_backend(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """``"sdpa"`` or ``"flash"`` for ``model.attention_backend``; ConfigError where flash is asked for and cannot run."""
+    """``"sdpa"`` or ``"flash"`` for ``model.attention_backend``; ConfigError where flash is set and cannot run."""
     obstacle = _flash_obstacle(model, device, dtype)
     if model.attention_backend == "flash" and obstacle:
         raise ConfigError(f"model.attention_backend is flash, but {obstacle}; set it to auto or sdpa")
@@ -72,8 +72,9 @@ class CoreAttention(MegatronModule):
         packed_seq_params: MicroContext | None = None,
         **unused: Any,
     ) -> Tensor:
-        """``query [s, b, heads, d]``, ``key`` and ``value [s, b, groups, d]`` to ``[s, b, heads * d]``; query head ``i`` reads
-        group ``i // (heads / groups)``. Without a context every sequence is one document.
+        """``query [s, b, heads, d]``, ``key`` and ``value [s, b, groups, d]`` to ``[s, b, heads * d]``.
+
+        Query head ``i`` reads group ``i // (heads / groups)``. Without a context every sequence is one document.
         """
         if attention_mask is not None:
             raise ValueError("documents come from the MicroContext: pass attention_mask=None")
@@ -88,20 +89,15 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, context: MicroContext | None
     if repeats > 1 and mask is not None and mask.is_cuda:
         # The one CUDA kernel of SDPA that takes a mask in linear memory wants as many key heads as query heads.
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    grouped = query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, context: MicroContext | None, scale: float | None) -> Tensor:
-    """Attention by flash-attn's varlen kernel, documents as its sequences; shapes as in :meth:`CoreAttention.forward`."""
+    """Attention by flash-attn, documents as variable-length sequences; shapes as in :meth:`CoreAttention.forward`."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     s, b = query.shape[:2]

@@ -37,30 +37,36 @@ class Bank(MegatronModule):
 
         ``x`` is ``[s, b, h]``, or ``[s / tp, b, h]`` under sequence parallelism; ``context.memory`` must be there.
         """
+        memory = context.memory
+        assert memory is not None
         x = self._slice.enter(x).transpose(0, 1)
-        index = np.stack([context.memory.host_index(stream)[..., 0] for stream in self._streams])
+        index = np.stack([memory.host_index(stream)[..., 0] for stream in self._streams])
         paths, lengths = _runs(index.reshape(len(self._streams), -1))
-        levels = [context.memory.rows(table).unbind() for table in self._tables]
-        outputs = [
-            sum(_swiglu(tokens, level[block]) for level, block in zip(levels, path, strict=True))
-            for tokens, path in zip(x.flatten(0, 1).split(lengths), paths, strict=True)
-        ]
-        return self._slice.leave(torch.cat(outputs).view_as(x).transpose(0, 1))
+        levels = [memory.rows(table).unbind() for table in self._tables]
+        blocks = {
+            path: _widen([level[row] for level, row in zip(levels, path, strict=True)], x)
+            for path in dict.fromkeys(paths)
+        }
+        tokens = x.flatten(0, 1).split(lengths)
+        output = torch.cat([_swiglu(run, blocks[path]) for run, path in zip(tokens, paths, strict=True)])
+        return self._slice.leave(output.view_as(x).transpose(0, 1))
 
 
-def _runs(index: np.ndarray) -> tuple[list[list[int]], list[int]]:
-    """``[levels, tokens]`` block ids to those of each run of tokens that read the same blocks, and the runs' lengths.
+def _runs(index: np.ndarray) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Runs of tokens that read the same blocks, for ``[levels, tokens]`` block indices: these indices and the lengths.
 
     The tokens of a document are neighbours, so no run is shorter than the part of the document that is here.
     """
-    starts = np.flatnonzero((index[:, 1:] != index[:, :-1]).any(0)) + 1
-    starts = np.concatenate(([0], starts))
-    return index[:, starts].T.tolist(), np.diff(starts, append=index.shape[1]).tolist()
+    starts = np.concatenate(([0], np.flatnonzero((index[:, 1:] != index[:, :-1]).any(0)) + 1))
+    return [tuple(path) for path in index[:, starts].T.tolist()], np.diff(starts, append=index.shape[1]).tolist()
+
+
+def _widen(rows: list[Tensor], x: Tensor) -> Tensor:
+    """Blocks of several levels side by side as one: ``[3, units of all levels, h]`` in the dtype of ``x``."""
+    return torch.cat([row.to(x.dtype).view(3, -1, x.shape[-1]) for row in rows], dim=1)
 
 
 def _swiglu(x: Tensor, block: Tensor) -> Tensor:
-    """``x`` ``[tokens, h]`` through one block ``[3 * units * h]``; M1 and M2 lie side by side and take one product."""
-    matrices = block.to(x.dtype).view(-1, x.shape[-1])
-    inputs, output = matrices.tensor_split([matrices.shape[0] // 3 * 2])
-    gate, up = (x @ inputs.t()).chunk(2, dim=-1)
-    return (F.silu(gate) * up) @ output
+    """``x`` ``[tokens, h]`` through a block ``[3, units, h]``; M1 and M2 lie side by side and take one product."""
+    gate, up = (x @ block[:2].flatten(0, 1).t()).chunk(2, dim=-1)
+    return (F.silu(gate) * up) @ block[2]

@@ -1,9 +1,9 @@
 """Canonical names: every tensor of the model under one name and one global shape, whatever the layout.
 
-megatron-core numbers layers within a pipeline stage and experts within an expert-parallel rank, splits matrices over tensor
-parallelism and stacks the two input projections of SwiGLU. Canonical names count layers and experts globally and keep
-``linear_fc1.gate`` (the half that goes through SiLU) and ``linear_fc1.up`` apart, so a tensor-parallel shard is always one
-contiguous piece of one tensor.
+megatron-core numbers layers within a pipeline stage and experts within an expert-parallel rank, splits matrices over
+tensor parallelism and stacks the two input projections of SwiGLU. Canonical names count layers and experts globally and
+keep ``linear_fc1.gate`` (the half that goes through SiLU) and ``linear_fc1.up`` apart, so a tensor-parallel shard is
+always one contiguous piece of one tensor.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megamem.parallel.groups import Groups
 _TP_DIM = {"word_embeddings": 0, "output_layer": 0, "linear_qkv": 0, "linear_proj": 1, "linear_fc1": 0, "linear_fc2": 1}
 _REPLICATED = re.compile(r"(_layernorm|\.router)\.(weight|expert_bias)$|\.(engram|bank)\.")
 _EMBEDDING = "embedding.word_embeddings.weight"
+_OTHER_MODEL = "load weights of a model with the same configuration"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,8 +50,8 @@ class CanonicalEntry:
 def canonical_entries(model: GPTModel, groups: Groups) -> list[CanonicalEntry]:
     """Every parameter and persistent buffer of this rank's pipeline stage, in the order of the modules.
 
-    The order, and so the order of collectives over it, is the same on all tensor- and data-parallel ranks of a stage. ValueError
-    for a tensor that has no canonical name, and for two tensors with one name.
+    The order, and so the order of collectives over it, is the same on all ranks of a stage. ValueError for a tensor
+    that has no canonical name, and for two tensors with one name.
     """
     entries: list[CanonicalEntry] = []
     for local_name, tensor in [*model.named_parameters(), *_persistent_buffers(model)]:
@@ -102,6 +103,16 @@ def _global_numbers(model: GPTModel, groups: Groups, name: str) -> str:
     return name
 
 
+def mark_tensor_parallel(model: GPTModel, groups: Groups) -> None:
+    """Set the attributes by which megatron-core tells shards from replicas, on which norms over the model rest.
+
+    It sets them itself only where it initialises the weights.
+    """
+    for entry in canonical_entries(model, groups):
+        entry.tensor.tensor_model_parallel = entry.tp_dim is not None  # type: ignore[attr-defined]
+        entry.tensor.partition_dim = -1 if entry.tp_dim is None else entry.tp_dim  # type: ignore[attr-defined]
+
+
 def global_shape(entry: CanonicalEntry, groups: Groups) -> tuple[int, ...]:
     """Shape of the whole tensor, over all tensor-parallel ranks."""
     shape = list(entry.local.shape)
@@ -118,8 +129,9 @@ def shard(entry: CanonicalEntry, full: Tensor, groups: Groups) -> Tensor:
 
 
 def gather(entry: CanonicalEntry, local: Tensor, groups: Groups) -> Tensor:
-    """The whole tensor from the shards ``local`` of all tensor-parallel ranks (weights, gradients or moments of the entry's
-    local shape). Collective over the tensor-parallel group.
+    """The whole tensor from the shards of all tensor-parallel ranks. Collective over the tensor-parallel group.
+
+    ``local`` has the entry's local shape: its weights, gradients or moments.
     """
     if entry.tp_dim is None or groups.layout.tp == 1:
         return local
@@ -137,14 +149,11 @@ def load_canonical(model: GPTModel, tensors: Mapping[str, Tensor], groups: Group
     entries = canonical_entries(model, groups)
     for entry in entries:
         if entry.name not in tensors:
-            raise CheckpointError(
-                f"tensor {entry.name} is missing; load weights of a model with the same configuration"
-            )
+            raise CheckpointError(f"tensor {entry.name} is missing; {_OTHER_MODEL}")
         expected, found = global_shape(entry, groups), tuple(tensors[entry.name].shape)
         if expected != found:
             raise CheckpointError(
-                f"tensor {entry.name} has shape {list(found)} but the model needs {list(expected)}; load weights of a model "
-                "with the same configuration"
+                f"tensor {entry.name} has shape {list(found)} but the model needs {list(expected)}; {_OTHER_MODEL}"
             )
     for entry in entries:
         entry.local.copy_(shard(entry, tensors[entry.name], groups))

@@ -38,7 +38,8 @@ def _check_tensor_parallel(
         )
     if vocab % layout.tp:
         raise ConfigError(
-            f"the padded vocabulary has {vocab} rows, not a multiple of {tp}; set model.make_vocab_size_divisible_by to one"
+            f"the padded vocabulary has {vocab} rows, not a multiple of {tp}; "
+            "set model.make_vocab_size_divisible_by to one"
         )
     split = {
         "model.num_attention_heads": model.num_attention_heads,
@@ -52,7 +53,8 @@ def _check_tensor_parallel(
             raise ConfigError(f"{name}={size} is not a multiple of {tp}; set one to fit the other")
     if seq_length % layout.tp and (sequence_parallel or memory.engram.layers or memory.bank.enabled):
         raise ConfigError(
-            f"the sequence length {seq_length} is not a multiple of {tp}, over which it is split; set one to fit the other"
+            f"the sequence length {seq_length} is not a multiple of {tp}, over which it is split; "
+            "set one to fit the other"
         )
 
 

@@ -77,6 +77,7 @@ class Engram(MegatronModule):
         if engram.conv_kernel_size:
             self.norm_conv = RMSNorm(config, hidden, eps)
             self.conv = CausalConv(hidden, engram.conv_kernel_size, max(engram.orders), dtype)
+        self.layer = layer
         self.gate_observer: Callable[[Tensor], None] | None = None
         """Called with the gates ``[s / tp, b, 1]`` fp32 of each forward pass, without gradient."""
         self._sqrt_gate = engram.sqrt_gate
@@ -97,6 +98,7 @@ class Engram(MegatronModule):
 
     def _read(self, context: MicroContext) -> Tensor:
         """Concatenated rows ``[s / tp, b, E]``, in the rows' fp32 so that their gradients are summed in it."""
+        assert context.memory is not None
         index = context.memory.index(self._stream).transpose(0, 1)
         return F.embedding(index, context.memory.rows(self._table)).flatten(-2)
 

@@ -7,6 +7,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megamem.memory.config import MemoryConfig
 from megamem.models.attention import choose_backend
+from megamem.models.canonical import mark_tensor_parallel
 from megamem.models.checks import check_model
 from megamem.models.config import ModelConfig
 from megamem.models.init import initialize_weights
@@ -27,9 +28,10 @@ def build_model(
 ) -> GPTModel:
     """megatron-core's ``GPTModel`` for this rank's pipeline stage, initialised, on ``groups.device``.
 
-    ``model(input_ids, position_ids, None, labels=..., packed_seq_params=MicroContext)`` with ``[b, s]`` int64 ids gives, on the
-    last stage, the loss of each token, ``[b, s]`` fp32. Without labels it gives logits ``[b, s, padded vocabulary]``, of which a
-    tensor-parallel rank holds its slice unless ``runtime_gather_output=True``. Earlier stages give ``[s, b, h]``.
+    ``model(input_ids, position_ids, None, labels=..., packed_seq_params=MicroContext)`` with ``[b, s]`` int64 ids
+    gives, on the last stage, the loss of each token, ``[b, s]`` fp32. Without labels it gives logits ``[b, s, padded
+    vocabulary]``, of which a tensor-parallel rank holds its slice unless ``runtime_gather_output=True``. Earlier stages
+    give hidden states ``[s, b, h]``.
 
     ``device="meta"`` gives shapes without memory or weights. ConfigError where the model does not fit the layout.
     """
@@ -53,9 +55,10 @@ def build_model(
             post_process=groups.is_last_stage,
             share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
             position_embedding_type="rope",
-            rotary_base=model.rotary_base,  # type: ignore[arg-type]  # annotated int, used as a number
+            rotary_base=model.rotary_base,  # annotated int, used as a number
         )
+    mark_tensor_parallel(gpt, groups)
     if device.type == "meta":
-        return gpt.to(device)
+        return gpt.to(device)  # megatron puts some buffers on the device it runs on
     initialize_weights(gpt, model, groups, seed=seed)
     return gpt

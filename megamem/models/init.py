@@ -17,8 +17,8 @@ from megamem.parallel.groups import Groups
 def initialize_weights(model: GPTModel, config: ModelConfig, groups: Groups, *, seed: int) -> None:
     """Fill every tensor of this rank's stage: zeros or ``N(0, std)``.
 
-    Each canonical tensor is drawn whole, in fp32 and on the CPU, from a generator of its own that is seeded by ``seed`` and the
-    canonical name; the rank keeps its shard. So every layout, dtype and device starts from the same numbers.
+    Each canonical tensor is drawn whole, in fp32 and on the CPU, from a generator of its own that is seeded by ``seed``
+    and the canonical name; the rank keeps its shard. So every layout, dtype and device starts from the same numbers.
     """
     for entry in canonical_entries(model, groups):
         std = _std(entry, config)
@@ -31,8 +31,9 @@ def initialize_weights(model: GPTModel, config: ModelConfig, groups: Groups, *, 
 
 
 def _std(entry: CanonicalEntry, config: ModelConfig) -> float:
-    """``param.init_std`` where it is set; zero for vectors (zero-centred norms, expert biases); smaller for the matrices that
-    write into the residual stream, by the square root of how many do (GPT-2, section 2.3).
+    """``param.init_std`` where it is set; zero for vectors (zero-centred norms, expert biases).
+
+    The matrices that write into the residual stream get less, by the square root of how many do (GPT-2, section 2.3).
     """
     override = getattr(entry.tensor, "init_std", None)
     if override is not None:

@@ -35,13 +35,15 @@ class MemoryTransformerLayer(TransformerLayer):
         self, config: TransformerConfig, submodules: MemoryTransformerLayerSubmodules, *args: Any, **kwargs: Any
     ) -> None:
         super().__init__(config, submodules, *args, **kwargs)
-        self.engram = None if submodules.engram is None else build_module(submodules.engram, config)
-        self.bank = None if submodules.bank is None else build_module(submodules.bank, config)
+        self.engram = (
+            None if submodules.engram is None else build_module(submodules.engram, config, tp_group=self.tp_group)
+        )
+        self.bank = None if submodules.bank is None else build_module(submodules.bank, config, tp_group=self.tp_group)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, *, packed_seq_params: MicroContext | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """``[s, b, h]`` (``s`` is the rank's slice under sequence parallelism) to the same shape, and megatron's unused context."""
+        """``[s, b, h]`` (``s`` a slice under sequence parallelism) to the same shape, and megatron's unused context."""
         memory = packed_seq_params is not None and packed_seq_params.memory is not None
         if memory and self.engram is not None:
             hidden_states = hidden_states + self.engram(hidden_states, packed_seq_params)

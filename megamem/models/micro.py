@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, eq=False)
 class MicroContext(PackedSeqParams):
-    """What the layers need beyond hidden states: documents and memory of one micro-batch. Pass it as ``packed_seq_params``.
+    """What layers need beyond hidden states: documents and memory of one micro-batch, given as ``packed_seq_params``.
 
-    The format is ``sbhd``: megatron-core takes its packed (``thd``) paths for ``thd`` alone, so activations stay ``[s, b, h]``
+    The format is ``sbhd``: megatron-core takes its packed paths for ``thd`` alone, so activations stay ``[s, b, h]``
     and RoPE positions run on through the sequence.
     """
 
@@ -36,14 +36,14 @@ class MicroContext(PackedSeqParams):
 
     @classmethod
     def from_batch(cls, micro: MicroBatch, device: torch.device, memory: MicroMemory | None = None) -> MicroContext:
-        """The context of ``micro`` on ``device``; document boundaries come from the host, so the device is never waited for."""
+        """The context of ``micro`` on ``device``. Boundaries are found on the host: nothing waits for the device."""
         context = cls(document_ids=torch.from_numpy(micro.document_ids).to(device, non_blocking=True), memory=memory)
         context.document_starts = _document_starts(micro.document_ids)
         return context
 
     @cached_property
     def document_starts(self) -> np.ndarray:
-        """``[documents + 1]`` int32 on the host: first token of each document in reading order (``b * s`` tokens), and the end."""
+        """``[documents + 1]`` int32 on the host: the first token of each document, in reading order, and the end."""
         return _document_starts(self.document_ids.cpu().numpy())
 
     @cached_property

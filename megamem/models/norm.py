@@ -14,8 +14,9 @@ class RMSNorm(nn.Module):
     The weight starts at zero and keeps the model's dtype; ``1 + weight`` is formed in fp32, since bf16 cannot hold
     ``1 + 0.003``. megatron-core's own norms need Transformer Engine or Apex for this form or for sequence parallelism.
 
-    ``per_head``: the norm of queries or keys. Each tensor-parallel rank sees its own heads, so the gradient is partial over the
-    group (``grad_partial_over_tp``). Elsewhere it is partial only under sequence parallelism (megatron's ``sequence_parallel``).
+    ``per_head``: the norm of queries or keys. Each tensor-parallel rank sees its own heads, so the gradient is partial
+    over the group (``grad_partial_over_tp``). Elsewhere it is so only under sequence parallelism (megatron's
+    ``sequence_parallel``).
     """
 
     def __init__(

@@ -15,11 +15,11 @@ _LOSS = "load_balancing_loss"  # megatron's name of the auxiliary loss in its tr
 
 @torch.no_grad()
 def update_router_bias(model: GPTModel, *, discard: bool = False) -> None:
-    """Move the selection biases of ``sigmoid_bias`` routers by one step: up where an expert got fewer tokens of the global batch
-    than the average, down where it got more (arXiv 2408.15664, algorithm 1). Call it after each optimizer step.
+    """Move the selection biases of ``sigmoid_bias`` routers by one step, after each optimizer step.
 
-    ``discard``: forget the counts and leave the biases, for a step that is skipped. Collective over the pipeline stage unless
-    ``discard`` is set; does nothing in a stage without such routers.
+    Up where an expert got fewer tokens of the global batch than the average, down where it got more (arXiv 2408.15664,
+    algorithm 1). ``discard``: forget the counts and leave the biases, for a step that is skipped. Collective over the
+    pipeline stage unless ``discard`` is set; does nothing in a stage without such routers.
     """
     routers = [module for module in model.modules() if isinstance(module, TopKRouter) and module.enable_expert_bias]
     if not routers:
@@ -36,10 +36,10 @@ def update_router_bias(model: GPTModel, *, discard: bool = False) -> None:
 
 @torch.no_grad()
 def take_aux_loss(model: GPTModel, groups: Groups, *, micro_batches: int) -> float:
-    """Load-balancing loss of the last step before its coefficient, averaged over layers, micro-batches and data-parallel ranks; 1
-    is perfect balance, ``num_experts / router_topk`` the worst case. Collective over the world; 0 for a model without this loss.
+    """Load-balancing loss of the last step, averaged over layers, micro-batches and data-parallel ranks.
 
-    megatron accumulates it until it is taken.
+    Without its coefficient: 1 is perfect balance, ``num_experts / router_topk`` the worst case. 0 for a model without
+    this loss. Collective over the world; megatron accumulates it until it is taken.
     """
     config = model.config
     if not config.num_moe_experts or config.moe_router_load_balancing_type != "aux_loss":

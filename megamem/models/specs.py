@@ -29,7 +29,7 @@ from megamem.parallel.layout import Layout, stage_layers
 def transformer_config(
     model: ModelConfig, layout: Layout, *, dtype: torch.dtype, sequence_parallel: bool
 ) -> TransformerConfig:
-    """megatron-core's configuration of ``model``. Weights are left uninitialised: :mod:`megamem.models.init` draws them."""
+    """megatron-core's configuration of ``model``. Weights stay uninitialised: :mod:`megamem.models.init` draws them."""
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -64,10 +64,10 @@ def transformer_config(
 def _moe_settings(model: ModelConfig) -> dict[str, object]:
     """Routing weights of a token, as the export must reproduce them (``k = router_topk``, logits in fp32):
 
-    - ``softmax_aux_loss``: softmax over all experts, the ``k`` largest, renormalised to sum 1 (computed as a softmax of the ``k``
-      largest logits, which is the same). For ``k = 1`` the softmax score itself, since 1 would have no gradient.
-    - ``sigmoid_bias``: sigmoid scores; the ``k`` experts with the largest ``score + expert_bias``; their scores, without the
-      bias, divided by their sum (plus 1e-20). For ``k = 1`` the sigmoid score itself.
+    - ``softmax_aux_loss``: softmax over all experts, the ``k`` largest, renormalised to sum 1 (computed as a softmax of
+      the ``k`` largest logits, which is the same). For ``k = 1`` the softmax score itself: 1 would have no gradient.
+    - ``sigmoid_bias``: sigmoid scores; the ``k`` experts with the largest ``score + expert_bias``; their scores,
+      without the bias, divided by their sum (plus 1e-20). For ``k = 1`` the sigmoid score itself.
 
     There is no scaling factor and no capacity limit: no token is dropped. The shared expert is added without a gate.
     """

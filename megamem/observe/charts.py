@@ -1,4 +1,4 @@
-"""Line charts as inline SVG. Colours come from the style sheet of the page, so a chart follows its light and dark form."""
+"""Line charts as inline SVG. Colours come from the style sheet of the page, so charts follow its light and dark form."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from markupsafe import Markup, escape
 
 from megamem.observe.progress import format_count
 
-_WIDTH, _HEIGHT = 720.0, 250.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 10.0, 10.0, 26.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 26
 _MAX_POINTS = 1200
 
 
@@ -31,84 +30,92 @@ class Series:
     """``raw``: faint, behind its smoothed form. ``points``: a line with a dot at each value."""
 
 
-def line_chart(title: str, series: Sequence[Series], *, marks: Sequence[int] = (), from_zero: bool = False) -> Markup:
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    size: tuple[int, int] = (540, 220),
+    marks: Sequence[int] = (),
+    from_zero: bool = False,
+) -> Markup:
     """An ``<svg>`` of lines over steps, empty if no series has a finite value.
 
-    The vertical axis is logarithmic where positive values span more than two decades. ``marks``: steps that get a dashed vertical
-    line (resumes). ``from_zero``: the linear axis starts at zero.
+    ``size``: width and height, which the page may scale. ``marks``: steps that get a dashed vertical line (resumes).
+    ``from_zero``: the vertical axis starts at zero; otherwise it is logarithmic where positive values span more than two
+    decades.
     """
-    finite = [s for s in series if np.isfinite(s.y).any()]
-    if not finite:
+    shown = [s for s in series if np.isfinite(s.y).any()]
+    if not shown:
         return Markup("")
-    values = np.concatenate([s.y[np.isfinite(s.y)] for s in finite])
-    log = bool(values.min() > 0 and values.max() / values.min() > 100 and not from_zero)
-    x_low, x_high = _range(min(s.x[0] for s in finite), max(s.x[-1] for s in finite))
-    low, high = float(values.min()), float(values.max())
-    if log:
-        low, high = np.log10(low), np.log10(high)
+    width, height = size
+    values = np.concatenate([s.y[np.isfinite(s.y)] for s in shown])
+    log = bool(values.min() > 0 and values.max() > 100 * values.min() and not from_zero)
+    low, high = np.log10([values.min(), values.max()]) if log else (values.min(), values.max())
     low, high = _range(0.0 if from_zero else low, high)
-    if not from_zero:
-        low -= 0.05 * (high - low)
-    high += 0.05 * (high - low)
+    low, high = low - (0.0 if from_zero else 0.05 * (high - low)), high + 0.05 * (high - low)
+    left, right = _range(min(s.x[0] for s in shown), max(s.x[-1] for s in shown))
 
-    def horizontal(x: np.ndarray) -> np.ndarray:
-        return _LEFT + (x - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
+    def across(x: np.ndarray | float) -> np.ndarray:
+        return _LEFT + (np.asarray(x) - left) / (right - left) * (width - _LEFT - _RIGHT)
 
-    def vertical(y: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            scaled = np.log10(y) if log else y
-        return _HEIGHT - _BOTTOM - (scaled - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+    def down(y: np.ndarray | float) -> np.ndarray:
+        scaled = np.log10(y) if log else np.asarray(y)
+        return height - _BOTTOM - (scaled - low) / (high - low) * (height - _TOP - _BOTTOM)
 
-    parts = [f'<svg class="chart" viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" aria-label="{escape(title)}">']
+    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">']
     for tick in _ticks(low, high, log):
-        y = float(vertical(np.asarray(tick)))
-        parts.append(f'<line class="grid" x1="{_LEFT:g}" x2="{_WIDTH - _RIGHT:g}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick end" x="{_LEFT - 8:g}" y="{y + 4:.1f}">{_label(tick)}</text>')
-    for tick in _ticks(x_low, x_high, False, integer=True):
-        x = float(horizontal(np.asarray(tick)))
-        parts.append(f'<text class="tick middle" x="{x:.1f}" y="{_HEIGHT - 6:g}">{_label(tick)}</text>')
+        y = float(down(tick))
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{width - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick end" x="{_LEFT - 8}" y="{y + 4:.1f}">{_label(tick)}</text>')
+    for tick in _ticks(left, right, log=False, integer=True):
+        parts.append(f'<text class="tick middle" x="{across(tick):.1f}" y="{height - 6}">{_label(tick)}</text>')
     for step in marks:
-        if x_low <= step <= x_high:
-            x = float(horizontal(np.asarray(step)))
-            parts.append(
-                f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP:g}" y2="{_HEIGHT - _BOTTOM:g}">'
-                f"<title>resumed at step {step}</title></line>"
-            )
-    for s in finite:
-        x, y = thin(s.x, s.y)
-        parts.append(f'<path class="line c{s.color} {s.style}" d="{_path(horizontal(x), vertical(y))}"/>')
+        if left <= step <= right:
+            x = float(across(step))
+            ends = f'x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{height - _BOTTOM}"'
+            parts.append(f'<line class="mark" {ends}><title>resumed at step {step}</title></line>')
+    for s in shown:
+        steps, heights = thin(s.x, s.y)
+        parts.append(f'<path class="line c{s.color} {s.style}" d="{_path(across(steps), down(heights))}"/>')
         if s.style == "points":
             parts += [
-                f'<circle class="c{s.color}" cx="{cx:.1f}" cy="{cy:.1f}" r="3.5">'
+                f'<circle class="c{s.color}" cx="{across(step):.1f}" cy="{down(value):.1f}" r="3.5">'
                 f"<title>{escape(s.name)}: {value:.4f} at step {step:.0f}</title></circle>"
-                for cx, cy, step, value in zip(horizontal(x), vertical(y), x, y, strict=True)
-                if np.isfinite(cy)
+                for step, value in zip(steps, heights, strict=True)
+                if np.isfinite(value)
             ]
     return Markup("".join([*parts, "</svg>"]))
 
 
 def smooth(y: np.ndarray, half_life: float) -> np.ndarray:
-    """Exponential mean of ``y`` ``[n]`` with weights that sum to one from the first value on; missing values are passed over."""
+    """``y`` ``[n]`` averaged with weights that halve every ``half_life`` places to both sides, so the mean does not lag.
+
+    Missing values have no weight.
+    """
+    known = np.isfinite(y)
+    values = np.stack([np.where(known, y, 0.0), known])
+    sums = _decaying_sums(values, half_life) + _decaying_sums(values[:, ::-1], half_life)[:, ::-1] - values
+    return sums[0] / np.where(sums[1] > 0, sums[1], np.nan)
+
+
+def _decaying_sums(values: np.ndarray, half_life: float) -> np.ndarray:
+    """Running sums ``[k, n]`` along the last axis that forget half of what they hold every ``half_life`` places."""
     decay = 0.5 ** (1 / half_life)
-    result = np.full(len(y), np.nan)
-    total = weight = 0.0
-    for i, value in enumerate(y):
-        if np.isfinite(value):
-            total, weight = decay * total + value, decay * weight + 1
-            result[i] = total / weight
-    return result
+    sums, total = np.empty_like(values), np.zeros(len(values))
+    for i in range(values.shape[1]):
+        total = decay * total + values[:, i]
+        sums[:, i] = total
+    return sums
 
 
 def thin(x: np.ndarray, y: np.ndarray, limit: int = _MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most ``limit`` points that look the same: the lowest and the highest value of each stretch, so that no spike is lost."""
+    """At most ``limit`` points that look the same: the lowest and highest value of each stretch, so no spike is lost."""
     if len(x) <= limit:
         return x, y
-    keep = np.isfinite(y)
-    x, y = x[keep], y[keep]
-    bounds = np.linspace(0, len(x), limit // 2 + 1).astype(int)
-    chosen = {i for a, b in zip(bounds, bounds[1:], strict=False) if b > a for i in (a + y[a:b].argmin(), a + y[a:b].argmax())}
-    index = np.array(sorted(chosen), dtype=int)
-    return x[index], y[index]
+    known = np.flatnonzero(np.isfinite(y))
+    stretches = [part for part in np.array_split(known, limit // 2) if len(part)]
+    keep = np.unique([part[pick] for part in stretches for pick in (y[part].argmin(), y[part].argmax())])
+    return x[keep], y[keep]
 
 
 def _range(low: float, high: float) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """The journal of a run: one JSON object per line, the source of truth for reports and for replay into a tracker.
 
 A journal is appended to by every incarnation of a run (its first start and each resume). An incarnation begins with the
-event ``start``, whose step is the first one that it will take: measurements that an earlier incarnation made of that step or
-a later one were overtaken, and readers drop them.
+event ``start``, whose step is the first one that it will take: measurements that an earlier incarnation made of that
+step or a later one were overtaken, and readers drop them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Entry = dict[str, Any]
 
 
 class Journal:
-    """Appends entries to ``path``. Every entry is one unbuffered write, so a kill can tear no more than the last line."""
+    """Appends entries to ``path``. Each entry is one unbuffered write, so a kill can tear no more than the last line."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,13 +55,15 @@ class Journal:
 def read_journal(path: Path, *, overtaken: bool = False) -> list[Entry]:
     """The entries of a journal in the order of writing, without a torn last line.
 
-    Measurements that a resume overtook are left out unless ``overtaken`` is set; events are history and all stay. Raises
-    DataError if the file is missing or a line in it is damaged.
+    Measurements that a resume overtook are left out unless ``overtaken`` is set; events are history and all stay.
+    Raises DataError if the file is missing or a line in it is damaged.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): name the directory of a run that was started") from None
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}): name the directory of a run that was started"
+        ) from None
     entries: list[Entry] = []
     for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
         try:
@@ -92,7 +94,7 @@ def plain(value: Any) -> Any:
 
 
 def _whole_lines(file: Any) -> int:
-    """Length in bytes of the whole lines of an open file: what follows was torn by a kill, and would garble the next entry."""
+    """Bytes of the whole lines of an open file: what follows was torn by a kill, and would garble the next entry."""
     position = file.seek(0, os.SEEK_END)
     while position > 0:
         start = max(0, position - 65536)

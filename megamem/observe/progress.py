@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +16,8 @@ _SMOOTHING = 0.9
 class Progress:
     """Shows the numbers of a run, on the one rank that has ``enabled`` set.
 
-    On a terminal a live line shows the last step; elsewhere every ``log_interval``-th step prints a line. Use it as a context
-    manager, so that the terminal is restored when training raises.
+    On a terminal a live line shows the last step; elsewhere every ``log_interval``-th step prints a line. Use it as a
+    context manager, so that the terminal is restored when training raises.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class Progress:
         self.close()
 
     def update(self, steps_done: int, metrics: Mapping[str, Any]) -> None:
-        """Show the numbers of a step (the values of the journal's kind ``step``) after ``steps_done`` steps of the run."""
+        """Show the numbers of a step (values of the journal's kind ``step``) after ``steps_done`` steps of the run."""
         if not self._enabled:
             return
         seconds = metrics.get("step_seconds") or 0.0
@@ -109,9 +108,7 @@ def format_bytes(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as ``m:ss`` or ``h:mm:ss``; a dash where they are not known."""
-    if not math.isfinite(seconds):
-        return "–"
+    """Seconds as ``m:ss`` or ``h:mm:ss``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

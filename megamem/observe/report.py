@@ -1,7 +1,7 @@
 """The report of a run: one HTML file that needs no network, made from its journal, its settings and its summary.
 
 ``summary.json`` is optional: a JSON object whose keys override those of :func:`summarize` and may add ``parameters``
-(``{kind: count}``) and further plain numbers.
+(``{kind: count}``, ``total`` beside them) and further plain values.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from megamem.errors import DataError
 from megamem.observe.charts import Series, line_chart, smooth
 from megamem.observe.journal import Entry, read_journal
 from megamem.observe.progress import format_count, format_duration
+from megamem.observe.tracking import flatten
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,13 @@ class Chart:
 
     title: str
     svg: Markup
-    legend: list[tuple[str, int, str]]
-    """Name, colour number and style of each line."""
+    legend: list[Series]
+    """The lines, where there are several."""
+    wide: bool
 
 
 def build_report(run_dir: Path) -> Path:
-    """Write ``report.html`` into ``run_dir`` and return its path. Raises DataError if the journal is missing or damaged."""
+    """Write ``report.html`` into ``run_dir`` and return its path. DataError if the journal is missing or damaged."""
     journal = run_dir / "journal.jsonl"
     entries = read_journal(journal)
     summary = read_summary(run_dir, entries)
@@ -60,7 +62,7 @@ def build_report(run_dir: Path) -> Path:
         name=run_dir.resolve().name,
         subtitle=_subtitle(entries),
         headlines=headlines(summary),
-        parameters=_parameters(summary),
+        parameters=_shares(_parameters(summary)),
         charts=_charts(entries),
         gates=_gates(entries),
         usage=_usage(entries),
@@ -78,27 +80,29 @@ def build_report(run_dir: Path) -> Path:
 def summarize(entries: list[Entry]) -> dict[str, Any]:
     """The numbers of a run that its journal alone tells. Keys without a measurement are absent.
 
-    ``steps``, ``tokens`` (counted in the loss), ``seconds`` (in steps), ``skipped_steps``; ``tokens_per_second`` (median over
-    steps), ``stall_share`` (of the time in steps), ``unique_ratio`` (mean of unique rows per lookup);
-    ``validation_loss_start``, ``validation_loss_end``, ``validation_loss_blocked`` (last one with the memories blocked).
+    ``steps``, ``tokens_seen`` (those that count in the loss), ``seconds`` (in steps), ``skipped_steps``;
+    ``tokens_per_second`` (median over steps), ``stall_share`` (of the time in steps), ``unique_row_ratio`` (unique rows
+    per lookup); ``validation_loss`` with ``first``, ``last`` and ``last_blocked`` (memories blocked).
     """
     steps = _of_kind(entries, "step")
-    seconds = np.nansum(_column(steps, "step_seconds"))
-    summary: dict[str, Any] = {
-        "steps": len(steps),
-        "tokens": float(np.nansum(_column(steps, "loss_tokens"))),
-        "seconds": float(seconds),
-        "skipped_steps": int(np.nansum(_column(steps, "skipped"))),
-        "tokens_per_second": _finite(np.nanmedian, _column(steps, "tokens_per_second")),
-        "unique_ratio": _finite(np.nanmean, _column(steps, "unique_ratio")),
-        "stall_share": float(np.nansum(_column(steps, "stall_seconds")) / seconds) if seconds else None,
+    seconds, lookups = _total(steps, "step_seconds"), _total(steps, "lookups")
+    speed = _column(steps, "tokens_per_second")
+    whole, blocked = _evaluations(entries, blocked=False), _evaluations(entries, blocked=True)
+    losses = {
+        "first": whole[0]["loss"] if len(whole) > 1 else None,
+        "last": whole[-1]["loss"] if whole else None,
+        "last_blocked": blocked[-1]["loss"] if blocked else None,
     }
-    evaluations = [e for e in _of_kind(entries, "eval") if e.get("loss") is not None]
-    whole = [e["loss"] for e in evaluations if not e.get("blocked")]
-    blocked = [e["loss"] for e in evaluations if e.get("blocked")]
-    summary["validation_loss_start"] = whole[0] if len(whole) > 1 else None
-    summary["validation_loss_end"] = whole[-1] if whole else None
-    summary["validation_loss_blocked"] = blocked[-1] if blocked else None
+    summary = {
+        "steps": len(steps),
+        "tokens_seen": int(_total(steps, "loss_tokens")),
+        "seconds": seconds,
+        "skipped_steps": int(_total(steps, "skipped")),
+        "tokens_per_second": float(np.nanmedian(speed)) if np.isfinite(speed).any() else None,
+        "unique_row_ratio": _total(steps, "unique_rows") / lookups if lookups else None,
+        "stall_share": _total(steps, "stall_seconds") / seconds if seconds else None,
+        "validation_loss": {name: loss for name, loss in losses.items() if loss is not None},
+    }
     return {key: value for key, value in summary.items() if value is not None}
 
 
@@ -117,37 +121,40 @@ def read_summary(run_dir: Path, entries: list[Entry]) -> dict[str, Any]:
 def headlines(summary: Mapping[str, Any]) -> list[Headline]:
     """The numbers of a summary that come first, as text."""
     result = []
-    end, start, blocked = (summary.get(f"validation_loss_{k}") for k in ("end", "start", "blocked"))
-    if end is not None:
-        result.append(Headline("Validation loss", f"{end:.4f}", f"from {start:.4f}" if start is not None else ""))
+    first, last, blocked = (summary["validation_loss"].get(name) for name in ("first", "last", "last_blocked"))
+    if last is not None:
+        result.append(Headline("Validation loss", f"{last:.4f}", f"from {first:.4f}" if first is not None else ""))
     if blocked is not None:
-        note = f"{blocked - end:+.4f} when no memory is read" if end is not None else "when no memory is read"
+        note = f"{blocked - last:+.4f} when no memory is read" if last is not None else "when no memory is read"
         result.append(Headline("Memory blocked", f"{blocked:.4f}", note))
-    if parameters := summary.get("parameters"):
-        kinds = ", ".join(f"{format_count(count)} {kind}" for kind, count in parameters.items() if count)
-        result.append(Headline("Parameters", format_count(sum(parameters.values())), kinds))
+    if parameters := _parameters(summary):
+        total = format_count(sum(count for _, count in parameters))
+        result.append(
+            Headline("Parameters", total, ", ".join(f"{format_count(count)} {kind}" for kind, count in parameters))
+        )
     if (speed := summary.get("tokens_per_second")) is not None:
         stall = summary.get("stall_share")
         note = f"waiting for tables {stall:.1%} of the time" if stall is not None else ""
         result.append(Headline("Tokens per second", format_count(speed), note))
-    if (ratio := summary.get("unique_ratio")) is not None:
+    if (ratio := summary.get("unique_row_ratio")) is not None:
         result.append(Headline("Unique rows", f"{ratio:.1%}", "of the rows looked up in a step"))
-    if steps := summary.get("steps"):
-        parts = [f"{format_count(summary['tokens'])} tokens"] if summary.get("tokens") else []
-        parts += [format_duration(summary["seconds"])] if summary.get("seconds") else []
-        parts += [f"{summary['skipped_steps']} skipped"] if summary.get("skipped_steps") else []
-        result.append(Headline("Steps", f"{steps:,}", ", ".join(parts)))
+    if steps := summary["steps"]:
+        notes = [f"{format_count(summary['tokens_seen'])} tokens"] if summary["tokens_seen"] else []
+        notes += [format_duration(summary["seconds"])] if summary["seconds"] else []
+        notes += [f"{summary['skipped_steps']} skipped"] if summary["skipped_steps"] else []
+        result.append(Headline("Steps", f"{steps:,}", ", ".join(notes)))
     return result
 
 
 def _charts(entries: list[Entry]) -> list[Chart]:
-    steps, evaluations = _of_kind(entries, "step"), [e for e in _of_kind(entries, "eval") if e.get("loss") is not None]
+    steps = _of_kind(entries, "step")
     resumes = [e["step"] for e in entries if e.get("event") == "start" and e["step"] > 0]
-    whole = [e for e in evaluations if not e.get("blocked")]
-    blocked = [e for e in evaluations if e.get("blocked")]
     validation = [
         Series(name, _column(group, "step"), _column(group, "loss"), color, "points")
-        for name, group, color in (("validation", whole, 1), ("validation, memory blocked", blocked, 2))
+        for name, color, group in (
+            ("validation", 1, _evaluations(entries, blocked=False)),
+            ("validation, memory blocked", 2, _evaluations(entries, blocked=True)),
+        )
         if group
     ]
     figures = [
@@ -156,15 +163,21 @@ def _charts(entries: list[Entry]) -> list[Chart]:
         ("Learning rate", _lines(steps, {"learning rate": "lr"}), True),
         ("Gradient norm", _lines(steps, {"all parameters": "grad_norm", "tables": "grad_norm_tables"}), False),
         ("Tokens per second", _raw_and_smooth("tokens per second", steps, "tokens_per_second"), True),
-        ("Seconds per step", _lines(steps, {"whole step": "step_seconds", "waiting for tables": "stall_seconds"}), True),
+        (
+            "Seconds per step",
+            _lines(steps, {"whole step": "step_seconds", "waiting for tables": "stall_seconds"}),
+            True,
+        ),
         ("Unique rows per lookup", _lines(steps, {"unique rows": "unique_ratio"}), False),
         ("Bytes received by the exchange", _lines(steps, {"bytes per step": "bytes_received"}), True),
         ("Memory (GiB)", _lines(steps, {"memory": "memory_bytes"}, scale=2.0**-30), True),
     ]
     charts = []
     for title, series, from_zero in figures:
-        if svg := line_chart(title, series, marks=resumes, from_zero=from_zero):
-            charts.append(Chart(title, svg, [(s.name, s.color, s.style) for s in series] if len(series) > 1 else []))
+        wide = title == "Loss"
+        size = (1080, 320) if wide else (540, 220)
+        if svg := line_chart(title, series, size=size, marks=resumes, from_zero=from_zero):
+            charts.append(Chart(title, svg, series if len(series) > 1 else [], wide))
     return charts
 
 
@@ -175,15 +188,15 @@ def _lines(steps: list[Entry], keys: Mapping[str, str], scale: float = 1.0) -> l
 
 
 def _raw_and_smooth(name: str, steps: list[Entry], key: str) -> list[Series]:
-    """A noisy line behind its mean, whose half-life is a fiftieth of the run; short runs have the line alone."""
+    """A noisy line behind its mean over about a fiftieth of the run; short runs have the line alone."""
     x, y = _column(steps, "step"), _column(steps, key)
     if np.isfinite(y).sum() < 30:
         return [Series(name, x, y)] if np.isfinite(y).any() else []
-    return [Series(f"{name}, each step", x, y, 0, "raw"), Series(f"{name}, smoothed", x, smooth(y, len(y) / 50))]
+    return [Series(f"{name}, each step", x, y, 0, "raw"), Series(f"{name}, smoothed", x, smooth(y, len(y) / 100))]
 
 
 def _gates(entries: list[Entry]) -> dict[str, Any]:
-    """The last gate measurement: per layer, every token with its gate and the place of the gate in the layer's own range."""
+    """The last gate measurement: per layer, every token with its gate and the gate's place in the layer's own range."""
     measured = _of_kind(entries, "gates")
     if not measured:
         return {}
@@ -192,10 +205,14 @@ def _gates(entries: list[Entry]) -> dict[str, Any]:
     for layer, values in zip(entry["layers"], entry["gates"], strict=True):
         gates = np.array([np.nan if v is None else v for v in values], dtype=float)
         if len(gates) != len(tokens):
-            raise DataError(f"the journal has {len(tokens)} tokens but {len(gates)} gates of layer {layer} at step {entry['step']}")
+            raise DataError(
+                f"the journal has {len(tokens)} tokens but {len(gates)} gates of layer {layer} at step {entry['step']}"
+            )
         low, high = np.nanpercentile(gates, [2, 98]) if np.isfinite(gates).any() else (0.0, 1.0)
         shade = np.nan_to_num(np.clip((gates - low) / max(high - low, 1e-9), 0, 1))
-        layers.append({"layer": layer, "low": low, "high": high, "tokens": list(zip(tokens, gates, shade, strict=True))})
+        layers.append(
+            {"layer": layer, "low": low, "high": high, "tokens": list(zip(tokens, gates, shade, strict=True))}
+        )
     return {"step": entry["step"], "layers": layers}
 
 
@@ -210,31 +227,33 @@ def _usage(entries: list[Entry]) -> dict[str, Any]:
     return {"step": measured[-1]["step"], "tables": measured[-1]["usage"]} if measured else {}
 
 
-def _parameters(summary: Mapping[str, Any]) -> list[tuple[str, str, float]]:
-    """Kind, count and share of each kind of parameter."""
-    counts = {kind: count for kind, count in (summary.get("parameters") or {}).items() if count}
-    total = sum(counts.values())
-    return [(kind, format_count(count), count / total) for kind, count in counts.items()]
+def _parameters(summary: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Kinds of parameters and their counts."""
+    counts = summary.get("parameters") or {}
+    return [(kind, count) for kind, count in counts.items() if count and kind != "total"]
 
 
-_SUMMARIZED = {
-    "parameters", "steps", "tokens", "seconds", "skipped_steps", "tokens_per_second", "unique_ratio", "stall_share",
-    "validation_loss_start", "validation_loss_end", "validation_loss_blocked",
-}  # fmt: skip
+def _shares(parameters: list[tuple[str, int]]) -> list[tuple[str, str, float]]:
+    """Kind, count and share of the whole of each kind of parameter."""
+    total = sum(count for _, count in parameters)
+    return [(kind, format_count(count), count / total) for kind, count in parameters]
 
 
 def _further(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Plain values of a summary that no other part of the report shows."""
+    """Values of a summary that no other part of the report shows."""
+    shown = {"name", "parameters", *summarize([]), "tokens_per_second", "unique_row_ratio", "stall_share"}
+    rest = flatten({key: value for key, value in summary.items() if key not in shown})
     return [
         (key.replace("_", " "), f"{value:,.6g}" if isinstance(value, float) else str(value))
-        for key, value in summary.items()
-        if key not in _SUMMARIZED and isinstance(value, (int, float, str))
+        for key, value in rest.items()
     ]
 
 
 def _events(entries: list[Entry]) -> list[dict[str, Any]]:
-    """What happened, in order, from a journal with its overtaken entries: events, skipped steps, and kills, which are seen
-    from a start whose predecessor had neither stopped nor failed."""
+    """What happened, in order, from a journal with its overtaken entries: events, skipped steps, and kills.
+
+    A kill is seen from a start whose predecessor had neither stopped nor failed.
+    """
     rows: list[dict[str, Any]] = []
     told = {e["step"] for e in entries if e.get("event") == "skip"}
     running = False
@@ -258,8 +277,10 @@ def _details(event: Entry) -> dict[str, Any]:
 
 
 def _row(entry: Entry, event: str, details: Mapping[str, Any]) -> dict[str, Any]:
-    shown = ", ".join(f"{k.replace('_', ' ')} {'not finite' if v is None else v}" for k, v in details.items())
-    return {"time": _utc(entry["time"]), "step": entry["step"], "event": event, "details": shown}
+    shown = [
+        v if k == "text" else f"{k.replace('_', ' ')} {'not finite' if v is None else v}" for k, v in details.items()
+    ]
+    return {"time": _utc(entry["time"]), "step": entry["step"], "event": event, "details": ", ".join(shown)}
 
 
 def _subtitle(entries: list[Entry]) -> str:
@@ -284,5 +305,9 @@ def _column(entries: list[Entry], key: str) -> np.ndarray:
     return np.array([np.nan if v is None else float(v) for v in values], dtype=np.float64)
 
 
-def _finite(reduce: Any, values: np.ndarray) -> float | None:
-    return float(reduce(values)) if np.isfinite(values).any() else None
+def _total(entries: list[Entry], key: str) -> float:
+    return float(np.nansum(_column(entries, key)))
+
+
+def _evaluations(entries: list[Entry], *, blocked: bool) -> list[Entry]:
+    return [e for e in _of_kind(entries, "eval") if e.get("loss") is not None and bool(e.get("blocked")) is blocked]

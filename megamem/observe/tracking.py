@@ -82,7 +82,7 @@ class Tracker:
     def start(self, params: Mapping[str, Any], config_file: Path, resume: bool) -> None:
         """Open the MLflow run in the background; with ``resume``, the one that this run directory had before.
 
-        ``params``: flat settings, cut to MLflow's lengths. ``config_file``: the resolved configuration, kept as an artifact.
+        ``params``: flat settings, cut to MLflow's lengths. ``config_file``: the resolved configuration, kept as artifact.
         """
         if self._broken:
             return
@@ -102,16 +102,15 @@ class Tracker:
         """Send a copy of a file, in the state that it will have when its turn comes."""
         self._put(path)
 
-    def finish(self, status: Status, *, timeout: float = 15.0) -> None:
+    def finish(self, status: Status, *, timeout: float = 30.0) -> None:
         """End the MLflow run once everything queued is sent, waiting at most ``timeout`` seconds."""
         if self._thread is None:
             return
         self._put(status)
         self._finishing.set()
-        if not self._broken:
-            self._thread.join(timeout)
-            if self._thread.is_alive():
-                self._give_up(f"it did not take the last measurements within {timeout:g} s")
+        self._thread.join(min(timeout, 1.0) if self._broken else timeout)
+        if self._thread.is_alive():
+            self._give_up(f"it did not take the last measurements within {timeout:g} s")
         self._thread = None
 
     def _put(self, item: Point | Path | Status) -> None:
@@ -159,16 +158,20 @@ class Tracker:
 
 
 def replay(run_dir: Path) -> int:
-    """Send to MLflow what the journal of ``run_dir`` has and its MLflow run lacks; returns the number of steps sent.
+    """Send to MLflow what the journal of ``run_dir`` has and its MLflow run lacks; returns the number of entries sent.
 
-    For runs that have ended: it also closes the MLflow run. Reads ``tracking`` from ``config.yaml``. Raises MegamemError if MLflow cannot be reached.
+    For runs that have ended: it also closes the MLflow run. Reads ``tracking`` from ``config.yaml``. Raises MegamemError
+    if MLflow cannot be reached.
     """
+    run_dir = run_dir.resolve()
     entries = read_journal(run_dir / "journal.jsonl")
     config_file = run_dir / "config.yaml"
     try:
         config = yaml.safe_load(config_file.read_text()) or {}
     except (OSError, yaml.YAMLError) as error:
-        raise MegamemError(f"{config_file} cannot be read ({error}): restore the resolved settings of the run") from None
+        raise MegamemError(
+            f"{config_file} cannot be read ({error}): restore the resolved settings of the run"
+        ) from None
     tracking = build(TrackingConfig, config.get("tracking", {}), "tracking")
     points = [point for point in map(point_of, entries) if point.metrics]
     try:
@@ -198,7 +201,13 @@ class _Session:
     """An open MLflow run. Every method may raise whatever MLflow raises."""
 
     def __init__(
-        self, config: TrackingConfig, runs_dir: Path, run_dir: Path, run_name: str, params: Mapping[str, Any], resume: bool
+        self,
+        config: TrackingConfig,
+        runs_dir: Path,
+        run_dir: Path,
+        run_name: str,
+        params: Mapping[str, Any],
+        resume: bool,
     ) -> None:
         # Read by mlflow when it is imported. Its own defaults retry for minutes and phone home.
         for name, value in {
@@ -239,9 +248,7 @@ class _Session:
     def log(self, points: Iterable[Point]) -> None:
         from mlflow.entities import Metric
 
-        metrics = [
-            Metric(name, value, int(p.time * 1000), p.step) for p in points for name, value in p.metrics.items()
-        ]
+        metrics = [Metric(name, value, int(p.time * 1000), p.step) for p in points for name, value in p.metrics.items()]
         for i in range(0, len(metrics), _METRICS_PER_BATCH):
             self._client.log_batch(self._run_id, metrics=metrics[i : i + _METRICS_PER_BATCH])
 
@@ -256,9 +263,7 @@ class _Session:
         have: dict[str, set[int]] = defaultdict(set)
         for name in {name for point in points for name in point.metrics}:
             have[name] = {metric.step for metric in self._client.get_metric_history(self._run_id, name)}
-        lacking = [
-            Point(p.step, p.time, {k: v for k, v in p.metrics.items() if p.step not in have[k]}) for p in points
-        ]
+        lacking = [Point(p.step, p.time, {k: v for k, v in p.metrics.items() if p.step not in have[k]}) for p in points]
         return [point for point in lacking if point.metrics]
 
     def _exists(self, run_id: str) -> bool:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _CPU = torch.device("cpu")
 _FACTORIES = frozenset({"empty", "full", "ones", "tensor", "zeros"})
@@ -45,6 +46,7 @@ def enable() -> bool:
         _replace_streams()
         _replace_random_states()
         _replace_in_moe()
+        _replace_uneven_collectives()
         # megatron decorates small functions with torch.compile; on the CPU compiling them takes a C++ compiler and
         # seconds per process, and gains nothing.
         torch.compiler.set_stance("force_eager")
@@ -154,3 +156,37 @@ def _replace_in_moe() -> None:
 
     # megatron's own converts only CUDA tensors; the split sizes of an all-to-all must not stay tensors.
     token_dispatcher.maybe_move_tensor_to_cpu = move
+
+
+def _replace_uneven_collectives() -> None:
+    """Token exchange of experts under tensor parallelism gathers and scatters as many rows as the router says. gloo wants equal
+    counts in both collectives, but not in an all-to-all.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    gather_even, scatter_even = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(
+        tensor: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather_even(tensor, group, output_split_sizes, use_global_buffer)
+        output = tensor.new_empty(sum(output_split_sizes), *tensor.shape[1:])
+        copies = torch.cat([tensor] * group.size())
+        dist.all_to_all_single(output, copies, output_split_sizes, [len(tensor)] * group.size(), group=group)
+        return output
+
+    def reduce_scatter(
+        tensor: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter_even(tensor, group, input_split_sizes, use_global_buffer)
+        rows = input_split_sizes[group.rank()]
+        parts = tensor.new_empty(group.size(), rows, *tensor.shape[1:])
+        dist.all_to_all_single(
+            parts.flatten(0, 1), tensor.contiguous(), [rows] * group.size(), input_split_sizes, group=group
+        )
+        return parts.sum(0)
+
+    mappings._gather_along_first_dim = gather
+    mappings._reduce_scatter_along_first_dim = reduce_scatter

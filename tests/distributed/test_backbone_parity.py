@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megamem.batch import MicroBatch
@@ -17,7 +19,7 @@ from megamem.models.config import ModelConfig, MoEConfig
 from megamem.models.gpt import build_model
 from megamem.models.micro import MicroContext
 from megamem.models.router import take_aux_loss, update_router_bias
-from megamem.parallel.groups import destroy, initialize
+from megamem.parallel.groups import Groups, destroy, initialize
 from megamem.parallel.layout import Layout
 from megamem.testing.distributed import run_distributed
 
@@ -81,7 +83,7 @@ def one_step(layout: Layout, model: ModelConfig, sequence_parallel: bool) -> dic
     own = [micro_batch(i) for i in range(groups.coordinates.dp, MICRO_BATCHES, layout.dp)]
     counted = sum(float(micro_batch(i).loss_mask.sum()) for i in range(MICRO_BATCHES))
 
-    def forward(iterator, gpt):
+    def forward(iterator: Iterator[MicroBatch], gpt: GPTModel) -> tuple[torch.Tensor, Callable]:
         micro = next(iterator)
         loss = gpt(
             torch.from_numpy(micro.tokens),
@@ -112,9 +114,7 @@ def one_step(layout: Layout, model: ModelConfig, sequence_parallel: bool) -> dic
     update_router_bias(gpt)
     entries = canonical_entries(gpt, groups)
     _reduce(gpt, groups)
-    gradients = {
-        e.name: gather(e, e.tensor.grad[e.rows], groups).numpy() for e in entries if e.tensor.requires_grad
-    }
+    gradients = {e.name: gather(e, e.tensor.grad[e.rows], groups).numpy() for e in entries if e.tensor.requires_grad}
     biases = {e.name: e.local.numpy() for e in entries if not e.tensor.requires_grad}
     destroy()
     return {
@@ -123,15 +123,14 @@ def one_step(layout: Layout, model: ModelConfig, sequence_parallel: bool) -> dic
         "weights": weights,
         "gradients": gradients,
         "biases": biases,
+        "copies": [e.name for e in entries if e.is_copy],
     }
 
 
-def _reduce(gpt, groups) -> None:
+def _reduce(gpt: GPTModel, groups: Groups) -> None:
     """What the trainer does to gradients, spelled out."""
     for parameter in gpt.parameters():
-        if parameter.sequence_parallel if hasattr(parameter, "sequence_parallel") else False:
-            dist.all_reduce(parameter.grad, group=groups.tp)
-        elif getattr(parameter, "grad_partial_over_tp", False):
+        if getattr(parameter, "sequence_parallel", False) or getattr(parameter, "grad_partial_over_tp", False):
             dist.all_reduce(parameter.grad, group=groups.tp)
         expert = not getattr(parameter, "allreduce", True)
         dist.all_reduce(parameter.grad, group=groups.expert_dp if expert else groups.dp)
@@ -158,6 +157,7 @@ CASES = [
     ("softmax", Layout(2, ep=2), False),
     ("softmax-alltoall", Layout(2, ep=2), False),
     ("sigmoid", Layout(4, ep=2), False),
+    ("softmax", Layout(4, tp=2, ep=2), True),
     ("softmax-alltoall", Layout(4, tp=2, ep=2), True),
     ("softmax", Layout(4, pp=2, ep=2), False),
 ]
@@ -174,6 +174,9 @@ def test_layouts_agree_with_one_process(name: str, layout: Layout, sequence_para
     for kind in ("weights", "gradients", "biases"):
         found = set().union(*(rank[kind] for rank in ranks))
         assert found == set(expected[kind])
+    tied_copy = ["embedding.word_embeddings.weight"] if name != "untied" and layout.pp > 1 else []
+    assert [rank["copies"] for rank in ranks[-layout.stage_size :]] == [tied_copy] * layout.stage_size
+    assert not any(rank["copies"] for rank in ranks[: -layout.stage_size])
     for rank in ranks:
         assert rank["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert rank["aux"] == pytest.approx(expected["aux"], rel=1e-5)

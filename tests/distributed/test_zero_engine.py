@@ -174,10 +174,14 @@ def test_dense_layouts_train_like_one_process(one_process: Any, sizes: dict[str,
         pytest.param({"world_size": 2, "ep": 2}, "allgather", id="dp2-ep2-allgather"),
         pytest.param({"world_size": 2, "ep": 2}, "alltoall", id="dp2-ep2-alltoall"),
         pytest.param({"world_size": 4, "ep": 2}, "alltoall", id="dp4-ep2"),
+        pytest.param({"world_size": 4, "pp": 2, "ep": 2}, "alltoall", id="pp2-dp2-ep2"),
+        pytest.param({"world_size": 4, "tp": 2, "ep": 2}, "alltoall", id="tp2-sp-dp2-ep2"),
     ],
 )
 def test_experts_are_averaged_over_all_tokens(one_process: Any, sizes: dict[str, int], dispatcher: str) -> None:
-    results = run_distributed(train_layout, sizes["world_size"], sizes, moe=dispatcher)
+    results = run_distributed(
+        train_layout, sizes["world_size"], sizes, moe=dispatcher, sequence_parallel=sizes.get("tp", 1) > 1
+    )
     _check(results, one_process(moe="allgather"), 1e-5)
 
 

@@ -72,7 +72,7 @@ def check_ids(tokenizer: Any, model: Path, sample: Sequence[str]) -> int:
     texts = [*SAMPLE, *sample]
     for text in texts:
         ours = processor.encode(text)
-        theirs = tokenizer.encode(text)
+        theirs = tokenizer.encode(text, verbose=False)
         if ours != theirs or tokenizer.decode(ours) != processor.decode(ours):
             first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
             raise ExportError(

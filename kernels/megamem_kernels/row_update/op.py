@@ -1,7 +1,7 @@
 """Optimizer updates of touched rows, in place on tables in host memory.
 
-Touched rows are worked through in blocks that stay in the cache, so temporary memory is a few blocks whatever the size of the
-table or the number of touched rows.
+Touched rows are worked through in blocks that stay in the cache, so temporary memory is a few blocks, whatever the size
+of the table or the number of touched rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 15
+BLOCK_ELEMENTS = 1 << 16
 """Elements of one block: several fp32 temporaries of this size fit a second-level cache."""
 
 
@@ -63,12 +63,12 @@ def lazy_adam_(
 ) -> None:
     """Adam on touched rows, in place; the moments of a row catch up on the steps it missed.
 
-    With ``gap = step - last_step``: ``m = beta1^gap m + (1 - beta1) g``, ``v = beta2^gap v + (1 - beta2) g^2``, then the usual
-    ``w = (1 - lr wd) w - lr m^ / (sqrt(v^) + epsilon)`` with bias corrections ``1 - beta^step``. A row that is touched has
-    exactly the moments of dense Adam that saw zero gradients in between, and makes exactly the move that dense Adam would make
-    in this step. What it does *not* make are the moves of the steps that missed it: dense Adam keeps moving (and decaying) a
-    weight whose gradient is zero, while here an untouched row never changes. The two are the same where every row is
-    touched in every step.
+    With ``gap = step - last_step``: ``m = beta1^gap m + (1 - beta1) g``, ``v = beta2^gap v + (1 - beta2) g^2``, then the
+    usual ``w = (1 - lr wd) w - lr m^ / (sqrt(v^) + epsilon)`` with bias corrections ``1 - beta^step``. A touched row has
+    exactly the moments of dense Adam that saw zero gradients in between, and makes exactly the move that dense Adam makes
+    in this step. What it does *not* make are the moves of the steps that missed it: dense Adam (``torch.optim.Adam``) keeps
+    moving and decaying a weight whose gradient is zero, while here an untouched row never changes. The two are the same
+    where every row is touched in every step.
 
     Args:
         rows: ``[n, width]`` fp32, changed at ``index``.

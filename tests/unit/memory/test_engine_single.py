@@ -209,7 +209,7 @@ def test_a_model_without_streams_and_tables_of_another_size() -> None:
     engine.apply(gradients, lr=0.1, step=1)
     stream = ModuloStream("a", 8, (2,))
     stream.rows = 9
-    with pytest.raises(ValueError, match="table a.0"):
+    with pytest.raises(ValueError, match=r"table a\.0"):
         make_engine([stream])
 
 

@@ -86,7 +86,7 @@ def test_each_tensor_parallel_rank_plans_its_slice() -> None:
         plan = plan_step(batch, [ShiftStream()], owners=6, tp_rank=tp_rank, tp_size=3).streams["shift"]
         np.testing.assert_array_equal(plan.ids[plan.inverse[0]], tokens[:, positions, None] + np.arange(2))
         assert plan.inverse[1].shape == (1, 2, 2)
-    with pytest.raises(ConfigError, match="data.seq_length=6"):
+    with pytest.raises(ConfigError, match=r"data\.seq_length=6"):
         plan_step(batch, [ShiftStream()], owners=4, tp_rank=0, tp_size=4)
 
 

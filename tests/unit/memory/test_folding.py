@@ -112,5 +112,5 @@ def test_damaged_lookup_is_refused(tmp_path: Path, damage: str) -> None:
         content = bytearray(path.read_bytes())
         content[-3] ^= 1
         path.write_bytes(content if damage == "flipped" else content[:-9])
-    with pytest.raises(DataError, match="fold.safetensors"):
+    with pytest.raises(DataError, match=r"fold\.safetensors"):
         load_fold(path)

@@ -10,7 +10,7 @@ import pytest
 
 from megamem.memory.config import EngramConfig
 from megamem.memory.hashing import HashSpec, hash_specs, is_prime
-from megamem_kernels.ngram_hash.op import ngram_hash
+from megamem_kernels.ngram_hash import ngram_hash
 from megamem_kernels.ngram_hash.reference import ngram_hash_reference
 
 VECTORS = json.loads((Path(__file__).parents[2] / "data" / "engram_hash_testvectors.json").read_text())

@@ -160,7 +160,7 @@ def test_data_without_the_right_tree_is_refused() -> None:
     with pytest.raises(DataError, match="megamem data prepare"):
         streams_of()["bank.level3"].addresses(shallow, slice(0, 4))
     wider = micro_batch(list(range(8)), [[4]] * 8, branching=9)
-    with pytest.raises(DataError, match="memory.bank.branching=3"):
+    with pytest.raises(DataError, match=r"memory\.bank\.branching=3"):
         streams_of()["bank.level1"].addresses(wider, slice(0, 4))
 
 

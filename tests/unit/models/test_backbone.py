@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
 
 from megamem.batch import MicroBatch
 from megamem.errors import ConfigError
@@ -66,10 +68,11 @@ MODELS = {
 }
 
 
-def build(groups: Groups, model: ModelConfig, *, seq_length: int = 32, dtype: torch.dtype = torch.float32):
-    gpt = build_model(
-        model, MemoryConfig(), groups=groups, seq_length=seq_length, dtype=dtype, seed=SEED, sequence_parallel=False
-    )
+def build(
+    groups: Groups, model: ModelConfig, *, memory: MemoryConfig | None = None, dtype: torch.dtype = torch.float32
+) -> GPTModel:
+    memory = memory or MemoryConfig()
+    gpt = build_model(model, memory, groups=groups, seq_length=32, dtype=dtype, seed=SEED, sequence_parallel=False)
     with torch.no_grad():  # norms and expert biases start at zero, where they would prove nothing
         generator = torch.Generator().manual_seed(1)
         for entry in canonical_entries(gpt, groups):
@@ -98,7 +101,7 @@ def batch(b: int, s: int, lengths: list[list[int]] | None = None, vocabulary: in
     )
 
 
-def run(gpt, micro: MicroBatch, *, labels: bool = True) -> torch.Tensor:
+def run(gpt: GPTModel, micro: MicroBatch, *, labels: bool = True) -> torch.Tensor:
     b, s = micro.shape
     return gpt(
         torch.from_numpy(micro.tokens),
@@ -109,7 +112,9 @@ def run(gpt, micro: MicroBatch, *, labels: bool = True) -> torch.Tensor:
     )
 
 
-def reference(weights: dict[str, torch.Tensor], model: ModelConfig, micro: MicroBatch):
+def reference(
+    weights: dict[str, torch.Tensor], model: ModelConfig, micro: MicroBatch
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits ``[b, s, vocabulary]`` and the sum of auxiliary losses, in the dtype of ``weights``."""
     tokens = torch.from_numpy(micro.tokens)
     b, s = tokens.shape
@@ -187,9 +192,7 @@ def reference(weights: dict[str, torch.Tensor], model: ModelConfig, micro: Micro
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("lengths", [[[17], [17]], [[5, 1, 11], [17]]], ids=["whole", "packed"])
-def test_logits_loss_and_gradients_equal_the_reference(
-    groups: Groups, name: str, lengths: list[list[int]]
-) -> None:
+def test_logits_loss_and_gradients_equal_the_reference(groups: Groups, name: str, lengths: list[list[int]]) -> None:
     model = MODELS[name]
     gpt = build(groups, model)
     micro = batch(2, 17, lengths)
@@ -231,10 +234,10 @@ def test_packed_documents_do_not_see_each_other(groups: Groups, name: str) -> No
         torch.testing.assert_close(packed[:, first:], after[:, first:], atol=1e-5, rtol=1e-5)
     assert (packed[:, :first] - after[:, :first]).abs().max() > 0.1
 
-    embedding = gpt.embedding.word_embeddings.register_forward_hook(lambda m, i, out: out.retain_grad() or kept.append(out))
     kept: list[torch.Tensor] = []
+    hook = gpt.embedding.word_embeddings.register_forward_hook(lambda _, __, out: out.retain_grad() or kept.append(out))
     run(gpt, micro)[:, first:].sum().backward()
-    embedding.remove()
+    hook.remove()
     assert kept[0].grad[:, :first].abs().max() == 0
     assert kept[0].grad[:, first:].abs().max() > 0
 
@@ -251,6 +254,36 @@ def test_sequences_without_a_context_are_one_document_each(groups: Groups) -> No
     micro = batch(2, 9)
     without = gpt(torch.from_numpy(micro.tokens), torch.arange(9).expand(2, 9), None)
     torch.testing.assert_close(without, run(gpt, micro, labels=False))
+
+
+def test_layer_adds_memories_where_they_belong(groups: Groups) -> None:
+    memory = MemoryConfig(
+        engram=EngramConfig(layers=[1], heads=1, width=4, rows_per_head=9), bank=BankConfig(layers=[0], units=[2])
+    )
+    gpt = build(groups, MODELS["sigmoid-shared"], memory=memory).eval()
+    first, second = gpt.decoder.layers
+    assert first.engram is None and first.bank is not None
+    assert second.engram is not None and second.bank is None
+
+    class Double(torch.nn.Module):
+        def forward(self, x: torch.Tensor, context: MicroContext) -> torch.Tensor:
+            assert context.memory == "rows"
+            return 2 * x
+
+    for layer in (first, second):
+        layer.engram = layer.bank = Double()
+        x = torch.randn(5, 2, 24, generator=torch.Generator().manual_seed(2))
+        context = MicroContext(document_ids=torch.tensor([[0] * 5, [1] * 5]), memory="rows")  # type: ignore[arg-type]
+        out, _ = layer(x, attention_mask=None, packed_seq_params=context)
+        h = x + 2 * x
+        attended = h + layer.self_attention(layer.input_layernorm(h), None, packed_seq_params=context)[0]
+        normed = layer.pre_mlp_layernorm(attended)
+        torch.testing.assert_close(out, attended + layer.mlp(normed)[0] + 2 * normed)
+
+        context.memory = None
+        out, _ = layer(x, attention_mask=None, packed_seq_params=context)
+        layer.engram = layer.bank = None
+        assert torch.equal(out, layer(x, attention_mask=None, packed_seq_params=context)[0])
 
 
 @pytest.mark.parametrize("lengths", [[[1], [1]], [[4], [4]], [[1, 3], [4]], [[2, 2], [1, 3]]])
@@ -277,22 +310,29 @@ def test_context_of_documents(lengths: list[list[int]]) -> None:
 
 def test_flash_backend_is_refused_where_it_cannot_run() -> None:
     cpu = torch.device("cpu")
-    with pytest.raises(ConfigError, match="attention_backend is flash.*no CUDA device.*auto or sdpa"):
+    with pytest.raises(ConfigError, match=r"attention_backend is flash.*no CUDA device.*auto or sdpa"):
         choose_backend(small(attention_backend="flash"), cpu, torch.bfloat16)
     assert choose_backend(small(), cpu, torch.bfloat16) == "sdpa"
     assert choose_backend(small(attention_backend="sdpa"), cpu, torch.bfloat16) == "sdpa"
 
 
-@pytest.mark.parametrize("backend", ["sdpa", pytest.param("flash", marks=pytest.mark.gpu)])
+FLASH = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "sdpa",
+        pytest.param(
+            "flash", marks=[pytest.mark.gpu, pytest.mark.skipif(not FLASH, reason="needs CUDA and flash-attn")]
+        ),
+    ],
+)
 @pytest.mark.parametrize("heads,groups_of_heads", [(4, 4), (4, 1), (6, 2)])
 @pytest.mark.parametrize("lengths", [[[13], [13]], [[5, 8], [1, 12]]], ids=["whole", "packed"])
 def test_attention_backends_compute_the_same(
     backend: str, heads: int, groups_of_heads: int, lengths: list[list[int]]
 ) -> None:
-    if backend == "flash":
-        if not torch.cuda.is_available():
-            pytest.skip("flash-attn needs a CUDA device")
-        pytest.importorskip("flash_attn")
     device, dtype = ("cuda", torch.bfloat16) if backend == "flash" else ("cpu", torch.float32)
     context = MicroContext.from_batch(batch(2, 13, lengths), torch.device(device))
     generator = torch.Generator().manual_seed(0)
@@ -399,10 +439,10 @@ def test_models_that_do_not_fit_are_refused(name: str) -> None:
 
 
 def test_memories_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ConfigError, match="memory.engram.layers names layer 2; set layers from 0 to 1"):
+    with pytest.raises(ConfigError, match=r"memory.engram.layers names layer 2; set layers from 0 to 1"):
         memory = MemoryConfig(engram=EngramConfig(layers=[0, 2]))
         check_model(small(), memory, Layout(), seq_length=32, sequence_parallel=False)
-    with pytest.raises(ConfigError, match="memory.bank.layers names layer -1"):
+    with pytest.raises(ConfigError, match=r"memory.bank.layers names layer -1"):
         memory = MemoryConfig(bank=BankConfig(layers=[-1], units=[2]))
         check_model(small(), memory, Layout(), seq_length=32, sequence_parallel=False)
     with pytest.raises(ConfigError, match="sequence length 33"):

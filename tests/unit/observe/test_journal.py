@@ -9,7 +9,7 @@ import torch
 
 from megamem.errors import DataError
 from megamem.observe.journal import Journal, read_journal
-from megamem.observe.memory import read_memory
+from megamem.observe.memory import memory_bytes
 
 
 def _journal(path, entries):
@@ -23,7 +23,13 @@ def test_entries_come_back_in_order_with_plain_numbers(tmp_path):
     journal = Journal(tmp_path / "new" / "journal.jsonl")
     journal.start(0, world_size=4)
     written = journal.write(
-        "step", 0, loss=torch.tensor(2.5), norm=np.float32(0.5), tokens=np.int64(7), gates=np.array([[0.25, math.nan]]), skipped=False
+        "step",
+        0,
+        loss=torch.tensor(2.5),
+        norm=np.float32(0.5),
+        tokens=np.int64(7),
+        gates=np.array([[0.25, math.nan]]),
+        skipped=False,
     )
     journal.event("checkpoint", 1, path=tmp_path)
     entries = read_journal(tmp_path / "new" / "journal.jsonl")  # readable while the run goes on
@@ -84,7 +90,11 @@ def test_a_later_incarnation_overtakes_measurements_and_keeps_events(tmp_path):
     assert [(e["step"], e["loss"]) for e in entries if e["kind"] == "step"] == [
         (0, 10.0), (1, 11.0), (2, 12.0), (3, 23.0), (4, 24.0)
     ]  # fmt: skip
-    assert [(e["event"], e["step"]) for e in entries if e["kind"] == "event"] == [("start", 0), ("checkpoint", 3), ("start", 3)]
+    assert [(e["event"], e["step"]) for e in entries if e["kind"] == "event"] == [
+        ("start", 0),
+        ("checkpoint", 3),
+        ("start", 3),
+    ]
     assert not [e for e in entries if e["kind"] == "eval"]
 
 
@@ -94,19 +104,17 @@ def test_a_damaged_line_names_itself(tmp_path, line):
     _journal(path, [("step", 0, {})])
     with path.open("ab") as file:
         file.write(line + b"\n")
-    with pytest.raises(DataError, match="journal.jsonl line 2 is damaged"):
+    with pytest.raises(DataError, match=r"journal\.jsonl line 2 is damaged"):
         read_journal(path)
 
 
 def test_a_missing_journal_is_an_error_of_the_user(tmp_path):
-    with pytest.raises(DataError, match="journal.jsonl cannot be read"):
+    with pytest.raises(DataError, match=r"journal\.jsonl cannot be read"):
         read_journal(tmp_path / "journal.jsonl")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="reads the host where there is no CUDA device")
 def test_memory_reading_sees_an_allocation():
-    before = read_memory()
+    before = memory_bytes()
     block = np.ones(64 * 2**20, dtype=np.uint8)
-    after = read_memory()
-    assert after.host - before.host > 48 * 2**20
-    assert after.bytes == (after.device or after.host)
-    del block
+    assert memory_bytes() - before > 0.75 * block.nbytes

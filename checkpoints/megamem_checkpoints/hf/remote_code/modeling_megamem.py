@@ -275,11 +275,11 @@ class MegamemEngram(nn.Module):
 
         rows = self.hash((tokens - 1).clamp_min(0), documents, fold, new)
         memory = self.table(rows.to(self.table.weight.device)).flatten(2).to(hidden_states)
-        key, query = self.norm_key(self.key_proj(memory)), self.norm_query(hidden_states)
-        score = (query.float() * key.float()).sum(dim=-1, keepdim=True) * query.shape[-1] ** -0.5
+        key, query = self.norm_key(self.key_proj(memory).float()), self.norm_query(hidden_states.float())
+        score = (query * key).sum(dim=-1, keepdim=True) * query.shape[-1] ** -0.5
         if self.sqrt_gate:
             score = score.abs().clamp_min(1e-6).sqrt() * score.sign()
-        gated = (score.sigmoid() * self.value_proj(memory).float()).to(hidden_states.dtype)
+        gated = (score.sigmoid() * self.value_proj(memory)).to(hidden_states.dtype)
         return gated + self._convolve(gated, documents, past_key_values) if self.taps else gated
 
     def _convolve(self, gated: torch.Tensor, documents: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor:
@@ -310,9 +310,7 @@ class MegamemBank(nn.Module):
         self.levels = [(level, units) for level, units in enumerate(config.bank_units, start=1) if units]
         self.branching = config.bank_branching
         for level, units in self.levels:
-            self.add_module(
-                f"level{level}", nn.Embedding(self.branching**level + 1, 3 * units * config.hidden_size)
-            )
+            self.add_module(f"level{level}", nn.Embedding(self.branching**level + 1, 3 * units * config.hidden_size))
 
     def forward(self, x: torch.Tensor, memory_paths: torch.Tensor | None) -> torch.Tensor:
         """``x [b, s, h]``, ``memory_paths [b, levels]`` with -1 for the generic block; None: generic at all levels."""

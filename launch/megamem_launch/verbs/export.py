@@ -1,0 +1,88 @@
+"""``megamem export``: a run as a Hugging Face model directory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+_SAMPLED_DOCUMENTS = 64
+
+
+@dataclass
+class Arguments:
+    """Turn a run into a directory that Hugging Face transformers opens, memories included.
+
+    The directory holds safetensors weights, the tokenizer, the modelling code and a model card. It appears only after the
+    checks have passed: checksums of the checkpoint, token ids against sentencepiece, offline reload in a new process,
+    cached against uncached inference. What was checked is in export.json.
+
+    Examples:
+      megamem export runs/quickstart runs/quickstart/huggingface
+      megamem export runs/big/checkpoints/step_00001000 exports/big-1000 --dtype bf16 --license apache-2.0
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Directory of a run, whose latest checkpoint is taken, or one checkpoint."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Directory to write."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the weights; auto is bf16 for a run with train.precision=bf16, else fp32."""
+    data: Path | None = None
+    """Prepared data of the run, for its tokenizer and cluster tree, when it is no longer at data.path."""
+    license: str = ""
+    """Identifier for the model card, such as apache-2.0."""
+    max_shard_size: str = "5GB"
+    """Upper bound of one weight file; one file at a time is held in memory."""
+    overwrite: bool = False
+    """Replace an earlier export at OUT."""
+    verify: bool = True
+    """Check checksums, and inference after reloading; needs memory for the whole model."""
+
+
+def main(argv: list[str]) -> int:
+    """Entry of the verb."""
+    arguments = tyro.cli(Arguments, args=argv, prog="megamem export")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+    from megamem_checkpoints.directory import find_checkpoint
+    from megamem_checkpoints.hf.export import export_checkpoint
+    from megamem_checkpoints.reader import CheckpointReader
+
+    checkpoint = find_checkpoint(arguments.run)
+    reader = CheckpointReader(checkpoint)
+    data = arguments.data or Path(reader.meta["config"]["data"]["path"])
+    report = export_checkpoint(
+        reader,
+        arguments.out,
+        origin=str(checkpoint),
+        dtype=arguments.dtype,
+        tokenizer_model=data / "tokenizer.model",
+        clusters=data / "clusters.safetensors",
+        sample=_documents(data),
+        license=arguments.license,
+        max_shard_size=arguments.max_shard_size,
+        overwrite=arguments.overwrite,
+        verify=arguments.verify,
+    )
+    size = sum(file["bytes"] for file in report["files"].values())
+    print(f"{arguments.out}: {report['parameters']:,} parameters, {report['dtype']}, {size / 1e6:,.1f} MB, step {report['step']}")
+    print(f"checked: {', '.join(f'{name} {value}' for name, value in report['checks'].items())}")
+    return 0
+
+
+def _documents(folder: Path) -> list[str]:
+    """Text of the first documents of prepared data; none where only the tokenizer is left of it."""
+    from megamem_data.prepared import MANIFEST, PreparedData
+
+    if not (folder / MANIFEST).exists():
+        return []
+    data = PreparedData.open(folder)
+    shard = data.shards[0]
+    texts, start = [], 0
+    for length in shard.lengths[:_SAMPLED_DOCUMENTS].tolist():
+        texts.append(data.tokenizer.decode(shard.tokens[start : start + length]))
+        start += length
+    return texts

@@ -1,0 +1,86 @@
+"""``megamem generate``: text from an exported model."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from megamem.errors import ConfigError, ExportError
+
+
+@dataclass
+class Arguments:
+    """Continue a text with an exported model.
+
+    The model is opened offline, with the modelling code of its directory. A model with a memory bank reads the blocks of the
+    clusters that the prompt belongs to.
+
+    Examples:
+      megamem generate runs/quickstart/huggingface "def read_file(path):"
+      megamem generate exports/big "The capital of France" --max-new-tokens 20 --temperature 0.8 --seed 3
+    """
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """Directory that `megamem export` wrote."""
+    prompt: Annotated[str, tyro.conf.Positional]
+    """Text to continue."""
+    max_new_tokens: int = 64
+    """Most tokens to write; the model may end its document sooner."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; higher values sample more freely."""
+    seed: int = 0
+    """Of sampling."""
+    generic: bool = False
+    """Read the generic block of a memory bank in place of the prompt's own."""
+
+
+def main(argv: list[str]) -> int:
+    """Entry of the verb."""
+    arguments = tyro.cli(Arguments, args=argv, prog="megamem generate")
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}; set at least 1")
+    if arguments.temperature < 0:
+        raise ConfigError(f"--temperature is {arguments.temperature}; set 0 or more")
+    if not (arguments.model / "config.json").is_file():
+        raise ExportError(f"{arguments.model} is no exported model; write one with `megamem export RUN {arguments.model}`")
+    print(generate(arguments))
+    return 0
+
+
+def generate(arguments: Arguments) -> str:
+    """The prompt and its continuation."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True).to(device).eval()
+    inputs = tokenizer(arguments.prompt, return_tensors="pt").to(device)
+    if inputs.input_ids.shape[1] == 0:
+        raise ConfigError("the prompt is empty; give the model at least one character to continue")
+    settings: dict[str, Any] = {"do_sample": False}
+    if arguments.temperature:
+        set_seed(arguments.seed)
+        settings = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0}
+    if any(model.config.bank_units) and not arguments.generic:
+        if model.config.router_dimensions:
+            settings["memory_paths"] = model.route(inputs.input_ids)
+        else:
+            print("this export cannot route prompts (its documents were clustered by a sentence encoder); reading the generic "
+                  "memory", file=sys.stderr)  # fmt: skip
+    output = model.generate(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        max_new_tokens=arguments.max_new_tokens,
+        **settings,
+    )
+    return tokenizer.decode(output[0], skip_special_tokens=True)

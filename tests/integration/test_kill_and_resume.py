@@ -1,0 +1,106 @@
+"""SIGKILL at a random step, resume: losses and every byte of the final state equal the undisturbed run's."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamem.observe.journal import read_journal
+from megamem_checkpoints.reader import CheckpointReader
+
+CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+STEPS, INTERVAL = 16, 4
+
+
+def command(folder: Path, data: Path, extra: list[str]) -> list[str]:
+    settings = [
+        f"runs_dir={folder}",
+        f"data.path={data}",
+        f"train.steps={STEPS}",
+        "train.precision=fp32",
+        "train.eval_batches=1",
+        "train.eval_interval=8",
+        f"checkpoint.interval={INTERVAL}",
+        "tracking.mlflow=false",
+        "model.moe.router=sigmoid_bias",
+        *extra,
+    ]
+    return [sys.executable, "-m", "megamem.cli", "train", str(CONFIG), *settings]
+
+
+def steps(run_dir: Path) -> list[dict]:
+    journal = run_dir / "journal.jsonl"
+    return [entry for entry in read_journal(journal) if entry["kind"] == "step"] if journal.exists() else []
+
+
+def train(folder: Path, data: Path, extra: list[str]) -> None:
+    result = subprocess.run(command(folder, data, extra), capture_output=True, text=True, check=False, timeout=200)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def kill_at(step: int, folder: Path, data: Path, extra: list[str]) -> None:
+    process = subprocess.Popen(
+        command(folder, data, extra),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while len(steps(folder / "tiny")) < step:
+            assert process.poll() is None, "training ended before it was killed"
+            assert time.monotonic() < deadline, "training did not reach the step"
+            time.sleep(0.02)
+    finally:
+        # Ranks started by torchrun's agent have sessions of their own: kill every descendant.
+        import psutil
+
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            os.kill(member.pid, signal.SIGKILL)
+        process.wait()
+
+
+def assert_equal_checkpoints(one: Path, other: Path) -> None:
+    a, b = CheckpointReader(one), CheckpointReader(other)
+    assert a.step == b.step == STEPS
+    assert a.names() == b.names() and a.tables() == b.tables()
+    for name in a.names():
+        assert torch.equal(a.tensor(name), b.tensor(name)), name
+        for kind, moment in a.moments(name).items():
+            assert torch.equal(moment, b.moments(name)[kind]), f"{name} {kind}"
+    for table, (rows, _) in a.tables().items():
+        assert torch.equal(a.rows(table, 0, rows), b.rows(table, 0, rows)), table
+    files = sorted(path.relative_to(one) for path in (one / "tables").rglob("*.safetensors"))
+    assert files
+    for name in files:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [[], ["parallel.nproc=2", "parallel.expert_model_parallel_size=2", "memory.optimizer.name=rowwise_adagrad"]],
+    ids=["one-process", "dp2-ep2"],
+)
+def test_killed_and_resumed_run_is_bit_identical(extra: list[str], prepared_tiny: Path, tmp_path: Path) -> None:
+    step = random.SystemRandom().randint(INTERVAL + 1, STEPS - 2)
+    print(f"killed once step {step} is done")
+    train(tmp_path / "whole", prepared_tiny, extra)
+    kill_at(step, tmp_path / "killed", prepared_tiny, extra)
+    assert not (tmp_path / "killed" / "tiny" / "summary.json").exists()
+    train(tmp_path / "killed", prepared_tiny, extra)
+
+    whole, killed = steps(tmp_path / "whole" / "tiny"), steps(tmp_path / "killed" / "tiny")
+    assert [s["step"] for s in whole] == [s["step"] for s in killed] == list(range(1, STEPS + 1))
+    for key in ("loss", "grad_norm", "grad_norm_tables", "lr"):
+        assert [s[key] for s in whole] == [s[key] for s in killed], key
+    name = Path("tiny") / "checkpoints" / f"step_{STEPS:08d}"
+    assert_equal_checkpoints(tmp_path / "whole" / name, tmp_path / "killed" / name)

@@ -1,0 +1,123 @@
+"""Tokenizer: the settings that keep ids equal to Hugging Face's, exact encoding by line and in processes, clear limits."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from megamem.errors import DataError
+from megamem_data.config import SourceConfig, TokenizerConfig
+from megamem_data.sources import SourceCounts, read_documents
+from megamem_data.tokenizer import Tokenizer, encode_documents, sample_lines, train_tokenizer
+
+AWKWARD = [
+    "",
+    "\n",
+    "a",
+    " a",
+    "\n\n  two  leading\n\ttab  trail  ",
+    "</s> <s> <unk>",
+    "é\u0301\u3000全角 🙂",
+    "\r\n x\x00y",
+    "▁x ▁",
+]
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return list(
+        read_documents([SourceConfig(kind="python_stdlib", max_documents=40)], strict=False, counts=SourceCounts())
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(texts: list[str]) -> Tokenizer:
+    return train_tokenizer(texts, TokenizerConfig(vocab_size=1024, train_lines=5000), seed=1)
+
+
+def test_ids_are_those_of_sentencepiece_and_of_hugging_face(
+    tokenizer: Tokenizer, texts: list[str], tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    for text in [*texts[:10], *AWKWARD]:
+        ids = tokenizer.encode(text)
+        assert ids == reference.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert 0 not in ids and tokenizer.eos_id not in ids
+        if "▁" not in text:  # sentencepiece's own mark of a space
+            assert tokenizer.decode(ids) == text
+    assert (tokenizer.vocab_size, tokenizer.eos_id, theirs.eos_token_id, theirs.bos_token_id) == (1024, 1, 1, None)
+
+
+def test_training_is_deterministic_and_depends_on_the_seed_of_the_sample(texts: list[str]) -> None:
+    config = TokenizerConfig(vocab_size=600, train_lines=500)
+    assert train_tokenizer(texts, config, seed=1).sha256 == train_tokenizer(texts, config, seed=1).sha256
+    assert train_tokenizer(texts, config, seed=1).sha256 != train_tokenizer(texts, config, seed=2).sha256
+
+
+def test_line_sample_is_uniform_bounded_and_in_order() -> None:
+    documents = ["\n".join(f"{document:03d} {line:02d}" for line in range(20)) + "\n\n" for document in range(100)]
+    sample = sample_lines(documents, 400, seed=3)
+    assert len(sample) == 400 and sample == sorted(sample) and len(set(sample)) == 400
+    early = sum(line < "050" for line in sample)
+    assert 160 < early < 240
+    assert len(sample_lines(documents, 10_000, seed=3)) == 2000
+    assert sample_lines(["x" * 10_000], 5, seed=0) == ["x" * 4096, "x" * 4096, "x" * 1808]
+
+
+def test_a_model_with_a_prefix_space_encodes_whole_texts() -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(Path(json.__file__).read_text().splitlines()),
+        model_writer=model,
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    tokenizer = Tokenizer(model.getvalue())
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    text = "two lines\nof text"
+    assert tokenizer.encode(text) == reference.encode(text)
+    assert tokenizer.encode(text) != [i for line in text.splitlines(True) for i in reference.encode(line)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_documents_are_encoded_in_order_and_closed(tokenizer: Tokenizer, texts: list[str], workers: int) -> None:
+    many = texts * 3  # enough for several batches
+    blocks = list(encode_documents(iter(many), tokenizer, dtype=np.uint16, workers=workers))
+    assert len(blocks) > 1
+    tokens = np.concatenate([block[0] for block in blocks])
+    lengths = np.concatenate([block[1] for block in blocks])
+    assert tokens.dtype == np.uint16 and len(lengths) == len(many)
+    for ids, text in zip(np.split(tokens, np.cumsum(lengths)[:-1]), many, strict=True):
+        assert ids.tolist() == [*tokenizer.encode(text), tokenizer.eos_id]
+
+
+@pytest.mark.parametrize(
+    ("documents", "vocab_size", "message"),
+    [
+        (["abc def\n" * 30], 100, r"vocab_size=100 is too small for 256 bytes, .* set it to at least 26\d"),
+        (["abc def\n" * 30], 8192, r"vocab_size=8192 is more than this corpus supports; lower it to at most 27\d"),
+        ([], 300, "hold no text"),
+        (["\n \n"], 300, "hold no text"),
+    ],
+)
+def test_sizes_that_do_not_fit_name_the_number_to_set(documents: list[str], vocab_size: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        train_tokenizer(documents, TokenizerConfig(vocab_size=vocab_size), seed=0)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model"])
+def test_something_else_than_a_model_is_refused(content: bytes) -> None:
+    with pytest.raises(DataError, match=r"some\.model .*set data\.tokenizer\.model"):
+        Tokenizer(content, "some.model")

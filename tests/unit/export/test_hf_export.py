@@ -1,0 +1,291 @@
+"""Whole exports of a stand-in checkpoint: every kind of layer, offline reload, refusals."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from megamem_checkpoints.hf.configure import hf_config
+from megamem_checkpoints.hf.export import export, export_checkpoint
+from megamem_checkpoints.hf.mapping import check_complete, map_names
+from megamem_checkpoints.hf.remote_code.modeling_megamem import MegamemForCausalLM
+from safetensors.torch import save_file
+
+from megamem.config.base import to_dict
+from megamem.errors import CheckpointError, ExportError
+from megamem.memory.config import BankConfig, EngramConfig, MemoryConfig
+from megamem.memory.folding import fold_from_sentencepiece
+from megamem.models.config import ModelConfig, MoEConfig
+
+VOCAB = 400
+
+
+@cache
+def tokenizer_model() -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(Path(json.__file__).read_text(encoding="utf-8").splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCAB,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        unk_id=0,
+        eos_id=1,
+        bos_id=-1,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+class StandIn:
+    """A checkpoint in memory: canonical tensors made from a Hugging Face model of random weights."""
+
+    def __init__(self, folder: Path, *, tied: bool = True, sigmoid: bool = False) -> None:
+        folder.mkdir()
+        (folder / "tokenizer.model").write_bytes(tokenizer_model())
+        generator = torch.Generator().manual_seed(5)
+        clusters = {"idf": torch.rand(VOCAB, generator=generator), "components": torch.randn(4, VOCAB)}
+        clusters |= {f"level{i + 1}.centroids": torch.randn(3**i, 3, 4, generator=generator) for i in range(2)}
+        save_file(clusters, folder / "clusters.safetensors", {"encoder": ""})
+        router = "sigmoid_bias" if sigmoid else "softmax_aux_loss"
+        model = ModelConfig(
+            num_layers=3,
+            hidden_size=24,
+            ffn_hidden_size=40,
+            num_attention_heads=6,
+            num_query_groups=2,
+            vocab_size=VOCAB,
+            untie_embeddings_and_output_weights=not tied,
+            moe=MoEConfig(
+                layers=[2], num_experts=3, ffn_hidden_size=10, shared_expert_hidden_size=7, router=router
+            ),
+        )
+        memory = MemoryConfig(
+            engram=EngramConfig(layers=[1], heads=2, width=3, rows_per_head=50, fold_tokens=True),
+            bank=BankConfig(units=[4, 2], branching=3, layers=[0, 2]),
+        )
+        self.step = 7
+        self.verified = False
+        self.meta: dict[str, Any] = {
+            "config": {
+                "name": "stand-in",
+                "model": to_dict(model),
+                "memory": to_dict(memory),
+                "data": {"path": str(folder), "seq_length": 64, "sources": [{"kind": "python_stdlib", "path": ""}]},
+                "train": {"precision": "auto", "steps": 9, "global_batch_size": 8},
+                "optimizer": {"lr": 1e-3, "schedule": "cosine"},
+            },
+            "eos_id": 1,
+            "tokens_seen": 3584,
+            "final_losses": {"last": 5.25},
+        }
+        fold = fold_from_sentencepiece(folder / "tokenizer.model")
+        self.model = MegamemForCausalLM(hf_config(self.meta, fold=fold, router_dimensions=4)).eval()
+        with torch.no_grad():
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                if tensor.is_floating_point() and tensor.ndim and "inv_freq" not in str(tensor.shape):
+                    tensor.normal_(std=0.3, generator=generator)
+            self.model.model.rotary_emb.inv_freq.copy_(self.model.model.rotary_emb.compute_default_rope_parameters(self.model.config)[0])
+            self.model.model.token_fold.copy_(torch.from_numpy(fold))
+            for name, tensor in clusters.items():
+                self.model.memory_router.get_buffer(name.replace(".", "_")).copy_(tensor)
+        self.dense, self.memory_tables = canonical(self.model)
+
+    def names(self) -> list[str]:
+        return sorted(self.dense)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.dense[name].shape)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.dense[name].clone()
+
+    def tables(self) -> dict[str, tuple[int, int]]:
+        return {name: tuple(table.shape) for name, table in self.memory_tables.items()}
+
+    def rows(self, table: str, start: int, stop: int) -> torch.Tensor:
+        return self.memory_tables[table][start:stop]
+
+    def verify(self) -> None:
+        self.verified = True
+
+
+def canonical(model: MegamemForCausalLM) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The trainer's tensors of a Hugging Face model, written out by hand."""
+    ours = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    dense: dict[str, torch.Tensor] = {}
+    tables: dict[str, torch.Tensor] = {}
+    padding = torch.full((512 - VOCAB, 24), 99.0)
+    dense["embedding.word_embeddings.weight"] = torch.cat([ours["model.embed_tokens.weight"], padding])
+    if not model.config.tie_word_embeddings:
+        dense["output_layer.weight"] = torch.cat([ours["lm_head.weight"], padding])
+    dense["decoder.final_layernorm.weight"] = ours["model.norm.weight"]
+    for layer in range(3):
+        here, there = f"model.layers.{layer}.", f"decoder.layers.{layer}."
+        q, k, v = (ours[f"{here}self_attn.{name}_proj.weight"] for name in "qkv")
+        dense[f"{there}self_attention.linear_qkv.weight"] = torch.cat(
+            [t for group in range(2) for t in (q[12 * group :][:12], k[4 * group :][:4], v[4 * group :][:4])]
+        )
+        names = {
+            "input_layernorm": "input_layernorm",
+            "self_attn.o_proj": "self_attention.linear_proj",
+            "self_attn.q_norm": "self_attention.q_layernorm",
+            "self_attn.k_norm": "self_attention.k_layernorm",
+            "post_attention_layernorm": "pre_mlp_layernorm",
+            "mlp.gate_proj": "mlp.linear_fc1.gate",
+            "mlp.up_proj": "mlp.linear_fc1.up",
+            "mlp.down_proj": "mlp.linear_fc2",
+            "mlp.gate": "mlp.router",
+        }
+        for name, tensor in ours.items():
+            stem = name.removeprefix(here).removesuffix(".weight")
+            if not name.startswith(here) or stem.endswith(("q_proj", "k_proj", "v_proj")):
+                continue
+            if stem.startswith("bank.") or stem == "engram.table":
+                tables[f"{there}{stem}" + (".table" if "bank" in stem else "")] = tensor
+            elif stem == "mlp.gate.e_score_correction_bias":
+                dense[f"{there}mlp.router.expert_bias"] = tensor
+            elif stem == "engram.conv_weight":
+                dense[f"{there}engram.conv.weight"] = tensor
+            elif stem in names:
+                dense[f"{there}{names[stem]}.weight"] = tensor
+            else:
+                for theirs in ("gate_proj", "up_proj", "down_proj"):
+                    stem = stem.replace(theirs, names[f"mlp.{theirs}"].removeprefix("mlp."))
+                dense[f"{there}{stem}.weight"] = tensor
+    return dense, tables
+
+
+def sample_ids() -> torch.Tensor:
+    ids = torch.randint(2, VOCAB, (2, 30), generator=torch.Generator().manual_seed(2))
+    ids[1, 11] = 1
+    return ids
+
+
+RELOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+ids = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    torch.save([model(ids, memory_paths=model.route(ids)).logits, model.route(ids)], sys.argv[3])
+print(AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True).decode([300, 301]))
+"""
+
+
+@pytest.mark.parametrize("options", [{"tied": True}, {"tied": False, "sigmoid": True}])
+def test_reloaded_export_has_the_logits_of_the_source(tmp_path: Path, options: dict[str, bool]) -> None:
+    source, out = StandIn(tmp_path / "data", **options), tmp_path / "out"
+    report = export_checkpoint(source, out, origin="runs/x", max_shard_size="20KB", sample=["some text"])
+    assert source.verified
+    assert report["checks"]["greedy_cached_equal"]
+    assert report["checks"]["cached_logits_relative_difference"] < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out"]
+
+    index = json.loads((out / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    assert len(set(index["weight_map"].values())) > 1
+    assert report == json.loads((out / "export.json").read_text(encoding="utf-8"))
+    assert {*report["files"], "export.json"} == {path.name for path in out.iterdir()}
+    assert report["parameters"] == sum(p.numel() for p in source.model.parameters()) + (3 if "sigmoid" in options else 0)
+
+    torch.save(sample_ids(), tmp_path / "ids")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", RELOAD, str(out), str(tmp_path / "ids"), str(tmp_path / "logits")]
+    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=tmp_path)
+    logits, routed = torch.load(tmp_path / "logits", weights_only=True)
+    with torch.no_grad():
+        expected = source.model(sample_ids(), memory_paths=source.model.route(sample_ids())).logits
+        generic = source.model(sample_ids()).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(generic, expected, atol=1e-3)
+    assert torch.equal(routed, source.model.route(sample_ids()))
+
+
+def test_bf16_keeps_choices_in_fp32_and_the_card_tells_what_it_is(tmp_path: Path) -> None:
+    source, out = StandIn(tmp_path / "data", sigmoid=True), tmp_path / "out"
+    report = export_checkpoint(source, out, dtype="bf16", license="apache-2.0", verify=False)
+    assert report["dtype"] == "bfloat16" and not source.verified
+    model = MegamemForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    assert torch.equal(model.model.embed_tokens.weight, source.model.model.embed_tokens.weight.bfloat16())
+    bias = model.model.layers[2].mlp.gate.e_score_correction_bias
+    assert torch.equal(bias, source.model.model.layers[2].mlp.gate.e_score_correction_bias)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    for text in ("license: apache-2.0", "# stand-in", "3,584", "5.2500", "7 of 9", "model.route", "python_stdlib"):
+        assert text in card
+
+
+def test_an_existing_directory_is_safe(tmp_path: Path) -> None:
+    source, out = StandIn(tmp_path / "data"), tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work", encoding="utf-8")
+    for overwrite in (False, True):
+        with pytest.raises(ExportError, match="holds something that is not an export"):
+            export_checkpoint(source, out, overwrite=overwrite)
+    (out / "thesis.tex").unlink()
+    export_checkpoint(source, out, verify=False)
+    with pytest.raises(ExportError, match="already holds an export.*--overwrite"):
+        export_checkpoint(source, out)
+    source.step = 8
+    assert export_checkpoint(source, out, overwrite=True, verify=False)["step"] == 8
+    source.dense["decoder.final_layernorm.weight"][0] = float("nan")
+    with pytest.raises(ExportError, match="did not pass its checks: the logits of the exported model are not finite"):
+        export_checkpoint(source, out, overwrite=True)
+    assert json.loads((out / "export.json").read_text(encoding="utf-8"))["step"] == 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out"]
+
+
+def test_tensors_and_configuration_must_agree(tmp_path: Path) -> None:
+    source, out = StandIn(tmp_path / "data"), tmp_path / "out"
+    good = copy.copy(source.dense)
+    source.dense = good | {"decoder.layers.0.novel.weight": torch.zeros(3)}
+    with pytest.raises(ExportError, match=r"decoder\.layers\.0\.novel\.weight has no place"):
+        export_checkpoint(source, out)
+    source.dense = good | {"decoder.layers.3.input_layernorm.weight": torch.zeros(24)}
+    with pytest.raises(ExportError, match="does not describe"):
+        export_checkpoint(source, out)
+    source.dense = {name: tensor for name, tensor in good.items() if "experts.1.linear_fc2" not in name}
+    with pytest.raises(ExportError, match=r"no value for model\.layers\.2\.mlp\.experts\.1\.down_proj\.weight"):
+        export_checkpoint(source, out)
+    source.dense = good | {"decoder.layers.1.mlp.linear_fc2.weight": torch.zeros(24, 41)}
+    with pytest.raises(ExportError, match=r"down_proj\.weight has shape \[24, 41\].* \[24, 40\]"):
+        export_checkpoint(source, out)
+    source.dense = good
+    with pytest.raises(ExportError, match="max_shard_size is 'huge'"):
+        export_checkpoint(source, out, max_shard_size="huge", verify=False)
+    (tmp_path / "data" / "clusters.safetensors").unlink()
+    with pytest.raises(ExportError, match="clusters.safetensors cannot be read"):
+        export_checkpoint(source, out)
+    assert not out.exists()
+
+
+def test_a_directory_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        export(tmp_path, tmp_path / "out")
+
+
+def test_every_projection_row_of_a_grouped_matrix_is_taken_once() -> None:
+    model = ModelConfig(num_attention_heads=6, num_query_groups=3, hidden_size=12, vocab_size=8)
+    rows = torch.arange((6 + 2 * 3) * 2).view(-1, 1)
+    parts = {w.name: w.part(rows) for w in map_names(["decoder.layers.4.self_attention.linear_qkv.weight"], model)}
+    q, k, v = (parts[f"model.layers.4.self_attn.{name}_proj.weight"].flatten().tolist() for name in "qkv")
+    assert q == [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19]
+    assert k == [4, 5, 12, 13, 20, 21] and v == [6, 7, 14, 15, 22, 23]
+    assert np.array_equal(np.sort(q + k + v), np.arange(24))
+    with pytest.raises(ExportError, match="no value for b"):
+        check_complete({"a": (1,)}, {"a": (1,), "b": (2,)})

@@ -1,0 +1,79 @@
+"""Tokenizer files of an export: the ids of sentencepiece, or a refusal."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from megamem_checkpoints.hf.tokenizer import SAMPLE, check_ids, export_tokenizer
+from transformers import AutoTokenizer
+
+from megamem.errors import ExportError
+
+TEXT = Path(json.__file__).read_text(encoding="utf-8") + Path(json.decoder.__file__).read_text(encoding="utf-8")
+
+
+def train(path: Path, **changes: object) -> Path:
+    model = io.BytesIO()
+    settings: dict[str, object] = {
+        "model_type": "bpe",
+        "vocab_size": 600,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "unk_id": 0,
+        "eos_id": 1,
+        "bos_id": -1,
+        "pad_id": -1,
+        "num_threads": 1,
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()), model_writer=model, **(settings | changes)
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_bpe_ids_are_those_of_sentencepiece(tmp_path: Path, prefix: bool) -> None:
+    model = train(tmp_path / "some.model", add_dummy_prefix=prefix)
+    folder = tmp_path / "export"
+    folder.mkdir()
+    tokenizer = export_tokenizer(model, folder, max_length=128)
+    assert check_ids(tokenizer, model, [TEXT, *TEXT.splitlines()[:50]]) == len(SAMPLE) + 51
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 1
+    config = (folder / "tokenizer_config.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in config and "local" not in config
+    (folder / "tokenizer.model").unlink()  # tokenizer.json alone is enough
+    again = AutoTokenizer.from_pretrained(folder)
+    assert again.encode("</s> x") == sentencepiece.SentencePieceProcessor(model_file=str(model)).encode("</s> x")
+    assert again(["a b", "a"], padding=True, padding_side="left")["input_ids"][1][0] == 1
+
+
+def test_a_unigram_model_is_refused(tmp_path: Path) -> None:
+    model = train(tmp_path / "some.model", model_type="unigram")
+    tokenizer = export_tokenizer(model, tmp_path, max_length=128)
+    with pytest.raises(ExportError, match="differs from sentencepiece.*data.tokenizer.type to bpe"):
+        check_ids(tokenizer, model, [TEXT])
+
+
+def test_a_normalising_model_is_refused(tmp_path: Path) -> None:
+    model = train(tmp_path / "some.model", normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
+    tokenizer = export_tokenizer(model, tmp_path, max_length=128)
+    with pytest.raises(ExportError, match="differs from sentencepiece"):
+        check_ids(tokenizer, model, [])
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no model"])
+def test_a_file_that_is_no_model_is_named(tmp_path: Path, content: bytes | None) -> None:
+    model = tmp_path / "some.model"
+    if content is not None:
+        model.write_bytes(content)
+    with pytest.raises(ExportError, match="some.model is no sentencepiece model"):
+        export_tokenizer(model, tmp_path, max_length=128)

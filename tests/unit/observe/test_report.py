@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from megamem.errors import DataError, MegamemError
+from megamem.observe.charts import Series, line_chart, smooth, thin
+from megamem.observe.journal import Journal, read_journal
+from megamem.observe.report import build_report, headlines, read_summary, summarize
+from megamem_launch.verbs.inspect import find_run
+from megamem_launch.verbs.inspect import main as inspect
+
+_VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class _Page(HTMLParser):
+    """Checks that tags nest, and keeps the text below every class."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.text, self.titles = [], [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        assert tag not in ("script", "link", "img", "iframe")
+        values = dict(attrs)
+        assert "src" not in values and "href" not in values
+        if "title" in values:
+            self.titles.append(values["title"])
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style",):
+            self.text.append(data)
+
+    def section(self, heading):
+        joined = "\n".join(self.text)
+        return joined[joined.index(heading) :]
+
+
+def _write_run(path, steps=40):
+    journal = Journal(path / "journal.jsonl")
+    journal.start(0, steps_done=0)
+    journal.write("eval", 0, loss=8.0, blocked=False)
+    for step in range(1, steps + 11):
+        journal.write("step", step, loss=777.0 if step > steps - 10 else 5.0, lookups=100, unique_rows=25)
+    journal.start(steps - 9, steps_done=steps - 10)
+    for step in range(steps - 9, steps + 1):
+        bad = step == steps
+        journal.write(
+            "step",
+            step,
+            loss=math.nan if bad else 4.0,
+            lr=1e-3,
+            grad_norm=math.inf if bad else 1.0,
+            tokens_per_second=1000.0 * step,
+            step_seconds=0.5,
+            stall_seconds=0.05,
+            loss_tokens=64,
+            lookups=100,
+            unique_rows=25,
+            unique_ratio=0.25,
+            skipped=int(bad),
+        )
+    journal.event("skip", steps, text="step <skipped> on all ranks")
+    journal.write("eval", steps, loss=4.25, blocked=False)
+    journal.write("eval", steps, loss=4.75, blocked=True)
+    journal.write(
+        "gates", steps, tokens=["\u2581a", "<b>", "<0x0A>"], layers=[1, 3], gates=[[0.1, 0.5, 0.9], [0.5] * 3]
+    )
+    journal.write("tables", steps, usage={"decoder.layers.1.engram.table": 0.125})
+    journal.close()
+    (path / "config.yaml").write_text("name: <script>alert(1)</script>\n")
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    path = tmp_path / "runs" / "a <i> run"
+    path.mkdir(parents=True)
+    return _write_run(path)
+
+
+def test_the_report_is_one_well_formed_file_without_network(run_dir):
+    path = build_report(run_dir)
+    html = path.read_text()
+    page = _Page(html)
+    assert path == run_dir / "report.html" and "http" not in html and "@import" not in html and "url(" not in html
+    assert "<script>" not in html and "<i> run" not in html
+    assert "name: <script>alert(1)</script>" in page.section("Resolved configuration")
+    assert set(re.findall(r"var\((--[\w-]+)\)", html)) <= set(re.findall(r"(--[\w-]+):", html))
+    assert not list(run_dir.glob("*.tmp"))
+
+
+def test_headlines_come_from_the_journal_and_the_summary_overrides_them(run_dir):
+    entries = read_journal(run_dir / "journal.jsonl")
+    summary = summarize(entries)
+    assert summary["validation_loss"] == {"first": 8.0, "last": 4.25, "last_blocked": 4.75}
+    assert summary["steps"] == 40 and summary["skipped_steps"] == 1 and summary["tokens_seen"] == 640
+    assert summary["unique_row_ratio"] == 0.25 and summary["stall_share"] == pytest.approx(0.1)
+    assert summary["tokens_per_second"] == 35500.0 and summary["seconds"] == 5.0
+    texts = {h.label: (h.value, h.note) for h in headlines(summary)}
+    assert texts["Validation loss"] == ("4.2500", "from 8.0000")
+    assert texts["Memory blocked"] == ("4.7500", "+0.5000 when no memory is read")
+    assert texts["Steps"] == ("40", "640 tokens, 0:05, 1 skipped")
+
+    extra = {"parameters": {"dense": 3_000_000, "tables": 9_000_000, "total": 12_000_000}, "world_size": 4}
+    (run_dir / "summary.json").write_text(json.dumps(extra | {"tokens_per_second": 7.0, "versions": {"torch": "2.13"}}))
+    merged = read_summary(run_dir, entries)
+    texts = {h.label: (h.value, h.note) for h in headlines(merged)}
+    assert texts["Parameters"] == ("12M", "3M dense, 9M tables") and texts["Tokens per second"][0] == "7"
+    page = _Page(build_report(run_dir).read_text())
+    assert "world size" in page.section("More numbers") and "versions.torch" in page.section("More numbers")
+    assert {"dense: 3M", "tables: 9M"} <= set(page.titles)
+
+    (run_dir / "summary.json").write_text('{"steps": ')
+    with pytest.raises(DataError, match=r"summary\.json is not a JSON object"):
+        build_report(run_dir)
+
+
+def test_gates_usage_and_events_are_told(run_dir):
+    page = _Page(build_report(run_dir).read_text())
+    gates = page.section("Gates over a text sample")
+    assert "Layer 1" in gates and "Layer 3" in gates and "<b>" in gates and "↵\n" in gates and " a" in gates
+    assert [t for t in page.titles if t.startswith("0.")] == [
+        "0.1000",
+        "0.5000",
+        "0.9000",
+        "0.5000",
+        "0.5000",
+        "0.5000",
+    ]
+    assert "12.50 %" in page.section("Use of the tables")
+    events = page.section("Events")
+    for word in ("start", "killed", "resume", "skip", "step <skipped> on all ranks"):
+        assert word in events
+    assert events.index("killed") < events.index("resume") < events.index("skip")
+    assert events.count("skip\n") == 1  # told by the event, not again by the skipped step
+    assert "\n50\n" in events[events.index("start") : events.index("resume")]  # the overtaken step before the kill
+
+
+def test_overtaken_steps_are_in_no_chart(run_dir):
+    html = build_report(run_dir).read_text()
+    assert "777" not in html
+    loss = re.search(r'<svg[^>]*aria-label="Loss".*?</svg>', html, re.S).group()
+    assert loss.count("<circle") == 3 and loss.count('class="mark"') == 1
+    assert 'aria-label="Auxiliary loss"' not in html and 'aria-label="Learning rate"' in html
+
+
+def test_empty_sections_are_left_out(tmp_path):
+    Journal(tmp_path / "journal.jsonl").close()
+    text = "\n".join(_Page(build_report(tmp_path).read_text()).text)
+    assert "Nothing has been measured yet" in text
+    for heading in ("Over the steps", "Gates", "Use of the tables", "Events", "Settings", "Parameters"):
+        assert heading not in text
+    with pytest.raises(DataError, match="cannot be read"):
+        build_report(tmp_path / "nowhere")
+
+
+def test_gates_must_match_their_tokens(tmp_path):
+    Journal(tmp_path / "journal.jsonl").write("gates", 1, tokens=["a", "b"], layers=[0], gates=[[0.5]])
+    with pytest.raises(DataError, match="2 tokens but 1 gates of layer 0"):
+        build_report(tmp_path)
+
+
+def test_chart_coordinates_and_gaps():
+    x, y = np.array([0.0, 5.0, 10.0, 15.0, 20.0]), np.array([0.0, 1.0, np.nan, 3.0, 4.0])
+    svg = str(line_chart("t", [Series("a", x, y)], size=(262, 136), from_zero=True))
+    # 200 x 100 inside the margins; the axis ends 5 % above the largest value
+    assert re.search(r' d="([^"]*)"', svg).group(1) == "M52.0 110.0L102.0 86.2M202.0 38.6L252.0 14.8"
+    assert line_chart("t", [Series("a", x, np.full(5, np.nan))]) == ""
+    single = str(line_chart("t", [Series("a", x[:1], y[1:2], style="points")]))
+    assert "nan" not in single and single.count("<circle") == 1
+    wide = str(line_chart("t", [Series("a", x, np.array([1e-3, 1.0, np.nan, 10.0, 1e3]))]))
+    assert re.findall(r"tick end[^>]*>([^<]+)<", wide) == ["0.001", "0.1", "10", "1k"]
+    assert "&lt;b&gt;" in str(line_chart("<b>", [Series("<b>", x, y, style="points")]))
+
+
+def test_thinning_keeps_spikes_ends_and_order():
+    y = np.sin(np.arange(50_000) / 5000)
+    y[12_345], y[777] = 50.0, np.nan
+    x, thinned = thin(np.arange(50_000.0), y, limit=400)
+    assert len(x) <= 400 and (np.diff(x) > 0).all() and np.isfinite(thinned).all()
+    assert thinned.max() == 50.0 and thinned.min() == np.nanmin(y)
+    short = thin(np.arange(3.0), y[776:779])
+    assert len(short[0]) == 3
+
+
+def test_smoothing_neither_lags_nor_leans():
+    line = np.linspace(3, 1, 401)
+    assert smooth(line, 4)[100:300] == pytest.approx(line[100:300], abs=1e-7)
+    y = np.array([1.0, np.nan, 3.0])
+    assert smooth(y, 1.0) == pytest.approx([(1 + 3 / 4) / (1 + 1 / 4), 2.0, (3 + 1 / 4) / (1 + 1 / 4)])
+    assert np.isnan(smooth(np.full(2, np.nan), 1.0)).all()
+
+
+def test_inspect_finds_runs_by_name_and_by_path(run_dir, capsys, monkeypatch):
+    runs = run_dir.parent
+    assert inspect([run_dir.name, "--runs-dir", str(runs)]) == 0
+    printed = capsys.readouterr().out
+    assert "Validation loss" in printed and "4.2500" in printed and str(run_dir / "report.html") in printed
+    assert (run_dir / "report.html").exists()
+    assert find_run(str(run_dir), runs) == run_dir
+    monkeypatch.chdir(runs)
+    assert find_run(run_dir.name, runs / "none").resolve() == run_dir
+    with pytest.raises(MegamemError, match=r"no run `a run`.* nearest: a <i> run"):
+        find_run("a run", runs)
+    with pytest.raises(MegamemError, match="runs there: none"):
+        find_run("a run", runs / "none")
