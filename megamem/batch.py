@@ -32,7 +32,7 @@ class MicroBatch:
     @property
     def shape(self) -> tuple[int, int]:
         """``(b, s)``."""
-        return self.tokens.shape  # type: ignore[return-value]
+        return self.tokens.shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from megamem import __version__
 from megamem.errors import MegamemError
+from megamem.observe.noise import silence_libraries
 
 SUMMARIES = {
     "data": "prepare text: tokenizer, token shards, document clusters",
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean `megamem {near[0]}`?" if near else f"verbs: {', '.join(known)}"
         print(f"megamem: unknown verb `{name}`: {hint}", file=sys.stderr)
         return 2
+    silence_libraries()
     try:
         return int(known[name].load()(arguments[1:]) or 0)
     except MegamemError as error:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from megamem_checkpoints import directory
 from megamem_checkpoints.config import CheckpointConfig
@@ -35,7 +35,7 @@ class Checkpointer:
         step: int,
         *,
         entries: Sequence[CanonicalEntry],
-        state_of: Callable[[Tensor], dict[str, Tensor]],
+        state_of: Callable[[nn.Parameter], dict[str, Tensor]],
         tables: Mapping[str, OwnedTable],
         meta: Mapping[str, Any],
         rng: Mapping[str, Tensor] | None = None,
@@ -73,7 +73,7 @@ class Checkpointer:
         path: Path,
         *,
         entries: Sequence[CanonicalEntry],
-        put_state: Callable[[Tensor, dict[str, Tensor]], None],
+        put_state: Callable[[nn.Parameter, dict[str, Tensor]], None],
         tables: Mapping[str, OwnedTable],
         optimizer_state: bool = True,
         verify: bool = True,

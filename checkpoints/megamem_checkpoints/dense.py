@@ -94,7 +94,7 @@ def by_tensor(entries: Iterable[CanonicalEntry]) -> list[list[CanonicalEntry]]:
 
 
 def collect(
-    entries: Iterable[CanonicalEntry], state_of: Callable[[Tensor], dict[str, Tensor]], sharding: Sharding
+    entries: Iterable[CanonicalEntry], state_of: Callable[[nn.Parameter], dict[str, Tensor]], sharding: Sharding
 ) -> tuple[dict[str, Tensor], dict[str, DenseRecord]]:
     """The fp32 state that this rank writes, on the host, and the records of all its entries but copies.
 

@@ -46,7 +46,7 @@ def load(
     *,
     groups: Groups | None,
     entries: Sequence[CanonicalEntry],
-    put_state: Callable[[Tensor, dict[str, Tensor]], None],
+    put_state: Callable[[nn.Parameter, dict[str, Tensor]], None],
     owned: Mapping[str, OwnedTable],
     optimizer_state: bool,
     verify: bool,

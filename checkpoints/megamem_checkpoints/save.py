@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import megamem
 from megamem.errors import CheckpointError
@@ -44,7 +44,7 @@ def save(
     keep: int,
     groups: Groups | None,
     entries: Sequence[CanonicalEntry],
-    state_of: Callable[[Tensor], dict[str, Tensor]],
+    state_of: Callable[[nn.Parameter], dict[str, Tensor]],
     owned: Mapping[str, OwnedTable],
     meta: Mapping[str, Any],
     rng_states: Mapping[str, Tensor],

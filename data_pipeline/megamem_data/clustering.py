@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from sklearn.cluster import kmeans_plusplus
 
 from megamem.errors import DataError
@@ -107,7 +107,7 @@ class ClusterTree:
             "tokenizer_sha256": tokenizer.sha256,
             "fingerprint": self.fingerprint,
         }
-        save_file(self._tensors(), path, metadata)
+        path.write_bytes(save(self._tensors(), metadata))  # save_file makes it unreadable for others
 
     @classmethod
     def load(cls, path: Path, tokenizer: Tokenizer) -> ClusterTree:

@@ -6,9 +6,9 @@ from typing import Protocol
 
 import numpy as np
 import scipy.sparse
-from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfTransformer
 from sklearn.preprocessing import normalize
+from sklearn.utils.extmath import randomized_svd
 
 from megamem.errors import DataError
 from megamem_data.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ class TokenEmbedder:
         idf[eos_id] = 0
         weights = normalize(_weights(counts, idf))
         rank = min(dimensions, *weights.shape)
-        components = TruncatedSVD(rank, random_state=seed).fit(weights).components_
+        components = randomized_svd(weights, rank, random_state=seed)[2]
         return cls(idf, np.ascontiguousarray(components, dtype=np.float32))
 
     def embed(self, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:

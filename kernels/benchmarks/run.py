@@ -1,7 +1,7 @@
 """Benchmarks of the memory operations against their peers in the same run: ``make bench``.
 
-Each contender runs in turn, round by round, so that a machine whose speed drifts drifts for all of them; the table gives the minimum
-and median of the rounds and the ratio of the medians. Results go to the terminal and to a JSON file.
+Each contender runs in turn, round by round, so a machine whose speed drifts drifts for all of them; the table gives the minimum and
+median of the rounds and the ratio of the medians. Results go to the terminal and to a JSON file.
 """
 
 from __future__ import annotations
@@ -130,9 +130,7 @@ def update_cases(arguments: Arguments, generator: np.random.Generator) -> list[C
             f"sum of {arguments.lookups} row gradients",
             {
                 "segment_sum": lambda: segment_sum(gradient, inverse, len(unique)),
-                "torch.sparse coalesce": lambda: torch.sparse_coo_tensor(
-                    ids[None], gradient, (rows, width)
-                ).coalesce(),
+                "torch.sparse coalesce": lambda: torch.sparse_coo_tensor(ids[None], gradient, (rows, width)).coalesce(),
             },
         ),
     ]

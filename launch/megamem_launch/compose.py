@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,6 +41,11 @@ def open_data(config: RunConfig) -> PreparedData:
             f"model.vocab_size={model.vocab_size} is smaller than the {data.vocab_size} entries of the tokenizer in "
             f"{config.data.path}; set model.vocab_size=0 to take the number from the data"
         )
+    if config.memory.engram.fold_tokens and model.vocab_size != data.vocab_size:
+        raise ConfigError(
+            f"memory.engram.fold_tokens folds the {data.vocab_size} entries of the tokenizer, but model.vocab_size is "
+            f"{model.vocab_size}; set model.vocab_size=0"
+        )
     bank = config.memory.bank
     if bank.enabled and (data.levels < bank.levels or data.branching != bank.branching):
         raise ConfigError(
@@ -51,7 +56,7 @@ def open_data(config: RunConfig) -> PreparedData:
     return data
 
 
-def precision_of(config: RunConfig) -> str:
+def precision_of(config: RunConfig) -> Literal["fp32", "bf16"]:
     """``fp32`` or ``bf16``: what ``train.precision`` means on this machine."""
     if config.train.precision != "auto":
         return config.train.precision
@@ -122,7 +127,7 @@ def build_parts(config: RunConfig, data: PreparedData, groups: Groups) -> Parts:
         tp_size=layout.tp,
     )
 
-    def loader(split: str) -> TokenLoader:
+    def loader(split: Literal["train", "validation"]) -> TokenLoader:
         return build_loader(
             data,
             split=split,
@@ -154,6 +159,7 @@ def checkpoint_meta(parts: Parts, progress: Mapping[str, Any], guard: Mapping[st
     return {
         "config": to_dict(parts.config),
         "vocab_size": parts.config.model.vocab_size,
+        "precision": precision_of(parts.config),
         "eos_id": parts.data.eos_id,
         "layout": asdict(parts.groups.layout),
         "data": parts.loader.state_dict(),

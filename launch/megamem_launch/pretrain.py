@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megamem.config import to_dict
 from megamem.errors import MegamemError
+from megamem.observe.noise import silence_libraries
 from megamem.parallel import groups as parallel_groups
 from megamem.train.step import StepRunner
 from megamem.train.trainer import Observer, Progress, Trainer
@@ -159,6 +160,7 @@ def main() -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
+    silence_libraries()
     try:
         pretrain(load_config(arguments[0], arguments[1:]))
     except MegamemError as error:

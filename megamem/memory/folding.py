@@ -5,15 +5,11 @@ The lookup is built once from a tokenizer, over ids in ascending order, so it is
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from tokenizers import Regex, normalizers
 
 from megamem.errors import DataError
@@ -55,35 +51,6 @@ def fold_from_sentencepiece(model_path: str | Path) -> np.ndarray:
             f"{model_path} cannot be read as a sentencepiece model ({error}); prepare the data again"
         ) from error
     return fold_table((_text(model, i), model.id_to_piece(i)) for i in range(model.vocab_size()))
-
-
-def save_fold(path: str | Path, fold: np.ndarray) -> None:
-    """Write a lookup as safetensors with its checksum; the file appears whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(save({"fold": fold}, metadata={"sha256": fold_digest(fold)}))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def load_fold(path: str | Path) -> np.ndarray:
-    """The lookup that :func:`save_fold` wrote, ``[vocab_size]`` int64; DataError where it is missing or damaged."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            fold = file.get_tensor("fold")
-            recorded = (file.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} cannot be read as a fold table ({error}); prepare the data again") from error
-    if fold.dtype != np.int64 or fold.ndim != 1 or fold_digest(fold) != recorded:
-        raise DataError(f"{path} is damaged: its checksum does not match its content; prepare the data again")
-    return fold
-
-
-def fold_digest(fold: np.ndarray) -> str:
-    """SHA-256 of a lookup: two runs with the same digest hash the same n-grams."""
-    return hashlib.sha256(np.ascontiguousarray(fold, dtype="<i8").tobytes()).hexdigest()
 
 
 @cache

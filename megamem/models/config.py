@@ -34,9 +34,7 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         if self.layers and not 1 <= self.router_topk <= self.num_experts:
-            raise ConfigError(
-                f"router_topk is {self.router_topk}; set it between 1 and num_experts={self.num_experts}"
-            )
+            raise ConfigError(f"router_topk is {self.router_topk}; set it between 1 and num_experts={self.num_experts}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,7 +79,9 @@ class ModelConfig:
                 f"{self.num_attention_heads}; set kv_channels or another hidden_size"
             )
         if self.head_dim % 2:
-            raise ConfigError(f"the attention heads are {self.head_dim} wide; RoPE needs an even width: set kv_channels")
+            raise ConfigError(
+                f"the attention heads are {self.head_dim} wide; RoPE needs an even width: set kv_channels"
+            )
         bad = [i for i in self.moe.layers if not 0 <= i < self.num_layers]
         if bad:
             raise ConfigError(f"moe.layers names layer {bad[0]}; set layers from 0 to {self.num_layers - 1}")

@@ -1,11 +1,12 @@
 """megatron-core and DeepSpeed without CUDA: the only module of megamem that replaces names in other libraries.
 
 megatron-core 0.16.1 names CUDA devices, streams and random states in code that otherwise runs anywhere torch runs. On a
-machine with a CUDA device :func:`enable` does nothing. On one without, each replaced name would raise when called (or, for
-``torch.cuda.manual_seed``, queue a call for ever), so nothing that works today changes its meaning.
+machine with a CUDA device :func:`enable` does nothing. On one without, each replaced name would raise when called (or,
+for ``torch.cuda.manual_seed``, queue a call for ever), so nothing that works today changes its meaning.
 
-``device="cuda"`` literals are handled where they stand, by giving the few modules that contain them a ``torch`` whose tensor
-factories know only the CPU. A process-wide ``TorchFunctionMode`` would do the same and cost every operator a Python call.
+``device="cuda"`` literals are handled where they stand, by giving the few modules that contain them a ``torch`` whose
+tensor factories know only the CPU. A process-wide ``TorchFunctionMode`` would do the same and cost every operator a
+Python call.
 """
 
 from __future__ import annotations
@@ -61,20 +62,25 @@ def prepare_deepspeed() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops
 
-    # The operations that it may compile. With its communication it would build a shared-memory all-reduce for inference; from
-    # an empty dictionary it builds nothing and does not run compilers to find out whether it could.
-    deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
+    # The operations that it may compile. With its communication it would build a shared-memory all-reduce for
+    # inference; from an empty dictionary it builds nothing and does not run compilers to find out whether it could.
+    _replace(deepspeed.ops, __compatible_ops__={})
+
+
+def _replace(owner: Any, **names: Any) -> None:
+    for name, value in names.items():
+        setattr(owner, name, value)
 
 
 def _replace_devices() -> None:
-    torch.cuda.current_device = lambda: _CPU  # where megatron allocates weights and communication buffers
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]  # copies of tied embeddings
+    _replace(torch.cuda, current_device=lambda: _CPU)  # where megatron allocates weights and communication buffers
+    _replace(torch.Tensor, cuda=lambda self, *args, **kwargs: self)  # copies of tied embeddings
     for name in _MODULES_WITH_CUDA_LITERALS:
-        importlib.import_module(name).torch = _CpuTorch("torch")  # type: ignore[attr-defined]
+        _replace(importlib.import_module(name), torch=_CpuTorch("torch"))
 
 
 class _CpuTorch(types.ModuleType):
-    """``torch`` for one module: tensor factories allocate on the CPU whatever device they are asked for."""
+    """``torch`` for one module: tensor factories that are asked for a CUDA device allocate on the CPU."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(torch, name)
@@ -87,7 +93,7 @@ class _CpuTorch(types.ModuleType):
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(factory)
     def allocate(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        return factory(*args, device=_CPU, **kwargs)
+        return factory(*args, device=_CPU if device == "cuda" else device, **kwargs)
 
     return allocate
 
@@ -119,11 +125,14 @@ class _Event:
 
 def _replace_streams() -> None:
     stream = _Stream()
-    torch.cuda.Stream = _Stream  # type: ignore[misc, assignment]
-    torch.cuda.Event = _Event  # type: ignore[misc, assignment]
-    torch.cuda.current_stream = lambda device=None: stream  # type: ignore[assignment]
-    torch.cuda.stream = lambda stream: contextlib.nullcontext(stream)  # type: ignore[assignment]
-    torch.cuda.synchronize = lambda device=None: None  # point-to-point communication ends with one
+    _replace(
+        torch.cuda,
+        Stream=_Stream,
+        Event=_Event,
+        current_stream=lambda device=None: stream,
+        stream=contextlib.nullcontext,
+        synchronize=lambda device=None: None,  # point-to-point communication ends with one
+    )
 
 
 def _replace_random_states() -> None:
@@ -136,11 +145,9 @@ def _replace_random_states() -> None:
     def set_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
         torch.set_rng_state(state)
 
-    torch.cuda.get_rng_state = get_state
-    torch.cuda.set_rng_state = set_state
-    torch.cuda.manual_seed = torch.default_generator.manual_seed  # type: ignore[assignment]
-    random._get_cuda_rng_state = get_state
-    random._set_cuda_rng_state = set_state
+    manual_seed = torch.default_generator.manual_seed
+    _replace(torch.cuda, get_rng_state=get_state, set_rng_state=set_state, manual_seed=manual_seed)
+    _replace(random, _get_cuda_rng_state=get_state, _set_cuda_rng_state=set_state)
     # The tracker warns when the CPU state moves while its own state is active; here they are one.
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
@@ -149,18 +156,18 @@ def _replace_in_moe() -> None:
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     if not moe_utils.HAVE_TE:
-        moe_utils.te_general_gemm = None  # tested against None in the router, but defined only with Transformer Engine
+        _replace(moe_utils, te_general_gemm=None)  # compared with None, but defined only with Transformer Engine
 
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
     # megatron's own converts only CUDA tensors; the split sizes of an all-to-all must not stay tensors.
-    token_dispatcher.maybe_move_tensor_to_cpu = move
+    _replace(token_dispatcher, maybe_move_tensor_to_cpu=move)
 
 
 def _replace_uneven_collectives() -> None:
-    """Token exchange of experts under tensor parallelism gathers and scatters as many rows as the router says. gloo wants equal
-    counts in both collectives, but not in an all-to-all.
+    """Token exchange of experts under tensor parallelism gathers and scatters as many rows as the router says. gloo
+    wants equal counts in both collectives, but not in an all-to-all.
     """
     from megatron.core.tensor_parallel import mappings
 
@@ -188,5 +195,4 @@ def _replace_uneven_collectives() -> None:
         )
         return parts.sum(0)
 
-    mappings._gather_along_first_dim = gather
-    mappings._reduce_scatter_along_first_dim = reduce_scatter
+    _replace(mappings, _gather_along_first_dim=gather, _reduce_scatter_along_first_dim=reduce_scatter)

@@ -23,8 +23,8 @@ def is_expert(param: torch.Tensor) -> bool:
 def is_partial_over_tp(param: torch.Tensor) -> bool:
     """Whether each tensor-parallel rank holds a part of a replicated parameter's gradient.
 
-    megatron marks with ``sequence_parallel`` what works on a slice of the sequence. ``grad_partial_over_tp`` is ours: memory
-    modules, and norms of queries and keys, which see the heads of one rank only.
+    megatron marks with ``sequence_parallel`` what works on a slice of the sequence. ``grad_partial_over_tp`` is ours:
+    memory modules, and norms of queries and keys, which see the heads of one rank only.
     """
     return getattr(param, "sequence_parallel", False) or getattr(param, "grad_partial_over_tp", False)
 
@@ -37,7 +37,7 @@ def is_tied_embedding(param: torch.Tensor) -> bool:
 def tensor_parallel_parameters(module: nn.Module) -> set[nn.Parameter]:
     """Parameters of which each tensor-parallel rank holds another part, experts included; all others are replicas.
 
-    Told from the layers: megatron sets its attribute ``tensor_model_parallel`` only on weights that it initialises itself.
+    Told from the layers: megatron sets ``tensor_model_parallel`` only on weights that it initialises itself.
     """
     sharded: set[Any] = set()
     for layer in module.modules():
@@ -57,7 +57,7 @@ def is_copy(param: torch.Tensor) -> bool:
 def all_reduce_sum(
     tensors: Iterable[torch.Tensor], group: dist.ProcessGroup, bucket_elements: int = BUCKET_ELEMENTS
 ) -> None:
-    """Sum tensors of one dtype over ``group`` in place, many per all-reduce. All ranks must bring the same shapes in order."""
+    """Sum tensors of one dtype over ``group`` in place, many per all-reduce. All ranks bring the same shapes."""
     bucket: list[torch.Tensor] = []
     elements = 0
     for tensor in tensors:

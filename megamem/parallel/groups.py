@@ -55,8 +55,8 @@ class Groups:
 def init_distributed(timeout: timedelta = TIMEOUT) -> None:
     """Initialise torch.distributed from the environment that torchrun sets; a world of one where there is none.
 
-    NCCL carries CUDA tensors and gloo host tensors; without a CUDA device gloo carries all. Does nothing when the default
-    process group exists. Without an environment neither a port nor a file is used.
+    NCCL carries CUDA tensors and gloo host tensors; without a CUDA device gloo carries all. Does nothing when the
+    default process group exists. Without an environment neither a port nor a file is used.
     """
     if dist.is_initialized():
         return
@@ -68,8 +68,8 @@ def init_distributed(timeout: timedelta = TIMEOUT) -> None:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise ConfigError(
-                f"the environment sets RANK and WORLD_SIZE but not {' and '.join(missing)}; start the ranks with torchrun, or "
-                "unset RANK and WORLD_SIZE to run on one"
+                f"the environment sets RANK and WORLD_SIZE but not {' and '.join(missing)}; start the ranks with "
+                "torchrun, or unset RANK and WORLD_SIZE to run on one"
             )
         dist.init_process_group(backend, timeout=timeout)
     else:
@@ -79,13 +79,13 @@ def init_distributed(timeout: timedelta = TIMEOUT) -> None:
 def initialize(layout: Layout, *, seed: int) -> Groups:
     """Create the groups of ``layout`` on an initialised torch.distributed and seed megatron's random states.
 
-    Collective over the world. ConfigError if the world has another size than the layout; RuntimeError if megatron-core places
-    this rank elsewhere than :class:`~megamem.parallel.layout.Layout` does.
+    Collective over the world. ConfigError if the world has another size than the layout; RuntimeError if megatron-core
+    places this rank elsewhere than :class:`~megamem.parallel.layout.Layout` does.
     """
     if dist.get_world_size() != layout.world_size:
         raise ConfigError(
-            f"the layout is for {layout.world_size} ranks but {dist.get_world_size()} are running; start as many ranks as "
-            "parallel.nproc says"
+            f"the layout is for {layout.world_size} ranks but {dist.get_world_size()} are running; start as many ranks "
+            "as parallel.nproc says"
         )
     cpu.enable()
     parallel_state.initialize_model_parallel(
@@ -104,7 +104,7 @@ def initialize(layout: Layout, *, seed: int) -> Groups:
         layout=layout,
         coordinates=coordinates,
         device=_local_device(),
-        world=dist.group.WORLD,
+        world=dist.distributed_c10d._get_default_group(),
         tp=parallel_state.get_tensor_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),

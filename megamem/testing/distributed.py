@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 _PRELOAD = ["torch", "torch.distributed", "megamem.testing.preload"]
@@ -53,7 +55,7 @@ def _collect(queue: Any, ranks: list[Any], timeout: float) -> list[Any]:
     while len(results) < len(ranks):
         try:
             rank, result, failure = queue.get(timeout=0.2)
-        except Exception:  # queue.Empty: look at the processes instead
+        except Empty:
             dead = [i for i, p in enumerate(ranks) if p.exitcode not in (None, 0) and i not in results]
             if dead:
                 raise RuntimeError(f"rank {dead[0]} died with exit code {ranks[dead[0]].exitcode}") from None
@@ -63,7 +65,7 @@ def _collect(queue: Any, ranks: list[Any], timeout: float) -> list[Any]:
             continue
         if failure is not None:
             raise RuntimeError(f"rank {rank} failed:\n{failure}")
-        results[rank] = result
+        results[rank] = pickle.loads(result)
     return [results[i] for i in range(len(ranks))]
 
 
@@ -82,7 +84,8 @@ def _rank(
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
         )
-        queue.put((rank, function(*args, **kwargs), None))
+        # By value: torch would hand tensors over as shared memory, which this process takes along when it ends.
+        queue.put((rank, pickle.dumps(function(*args, **kwargs)), None))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:

@@ -4,5 +4,5 @@ import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # noqa: E402, F401
-import megatron.core  # noqa: E402, F401
+import deepspeed  # noqa: F401
+import megatron.core  # noqa: F401

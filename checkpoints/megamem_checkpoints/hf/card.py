@@ -33,7 +33,7 @@ def model_card(meta: Mapping[str, Any], report: Mapping[str, Any], *, license: s
         "## Model\n\n" + _table(_shape(config, report)),
         "## Training\n\n" + _table(_training(meta, report)),
         _sources(config),
-        "## Limits\n\nA pretrained model without instruction tuning or safety training; it continues text like that it was trained on.",
+        "## Limits\n\nA pretrained model without instruction or safety training: it continues text.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 

@@ -16,13 +16,17 @@ from megamem_checkpoints.hf.remote_code.configuration_megamem import MegamemConf
 
 
 def hf_config(meta: Mapping[str, Any], *, fold: np.ndarray | None = None, router_dimensions: int = 0) -> MegamemConfig:
-    """The configuration of the exported model. ``fold [vocab_size]`` is required where tokens are folded before hashing."""
+    """The configuration of the exported model.
+
+    ``meta`` is that of the checkpoint; ``fold [vocab_size]`` int64 is required where tokens are folded before hashing;
+    ``router_dimensions`` is the width of the prompt router's embeddings, 0 for no router.
+    """
     model = build(ModelConfig, meta["config"]["model"])
     memory = build(MemoryConfig, meta["config"]["memory"])
     engram, bank, moe = memory.engram, memory.bank, model.moe
     vocab_size, eos_id = model.vocab_size, int(meta["eos_id"])
     specs = hash_specs(engram, vocab_size if fold is None else folded_vocab_size(fold))
-    precision = meta["config"]["train"]["precision"]
+    precision = meta["precision"]
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": model.hidden_size,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -89,26 +90,27 @@ def export_checkpoint(
     overwrite: bool = False,
     verify: bool = True,
 ) -> dict[str, Any]:
-    """Write a model directory that ``AutoModelForCausalLM`` and ``AutoTokenizer`` open; returns the content of ``export.json``.
+    """Write a model directory that ``AutoModelForCausalLM`` and ``AutoTokenizer`` open.
 
-    The directory appears whole or not at all, and only after its checks have passed.
+    It appears whole or not at all, and only after its checks have passed. Returns the content of ``export.json``.
 
     Args:
         origin: name of the checkpoint, for the record.
-        dtype: of the floating-point weights; ``auto`` is bf16 for a run with ``train.precision=bf16``, else fp32. The router of
+        dtype: of the parameters; ``auto`` is bf16 for a run that trained in bf16, else fp32. The router of
             prompts and the selection biases of experts stay fp32.
         tokenizer_model: sentencepiece model; None takes the one in the run's prepared data.
         clusters: cluster tree of the documents, for models with a bank; None takes the one in the run's prepared data.
         sample: texts on which the tokenizer is compared with sentencepiece, beside built-in ones.
         license: identifier for the model card, such as ``apache-2.0``; empty leaves it unspecified.
-        max_shard_size: upper bound of one weight file, in bytes or like ``"5GB"``; a larger tensor gets a file of its own. One
-            file is held in memory at a time.
+        max_shard_size: upper bound of one weight file, in bytes or like ``"5GB"``; a larger tensor gets a file of its
+            own. One file is held in memory at a time.
         overwrite: replace an earlier export at ``out``.
-        verify: check the checkpoint's checksums, then load the export in a new process and compare cached with uncached inference.
+        verify: check the checkpoint's checksums, then load the export in a new process and compare cached with
+            uncached inference.
 
     Raises:
-        ExportError: ``out`` is in the way, the checkpoint does not fit its own configuration, the tokenizer cannot be reproduced,
-            or a check failed.
+        ExportError: ``out`` is in the way, the checkpoint does not fit its own configuration, the tokenizer cannot be
+            reproduced, or a check failed.
         CheckpointError: a file of the checkpoint is damaged.
     """
     _refuse_to_replace(out, overwrite)
@@ -121,17 +123,18 @@ def export_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        # First, because transformers asks about remote code where a tokenizer lies beside a configuration that has some.
+        # First: transformers asks about remote code where a tokenizer lies beside a configuration that has some.
         tokenizer = export_tokenizer(tokenizer_model, temporary, max_length=meta["config"]["data"]["seq_length"])
         checks: dict[str, Any] = {"tokenizer_texts": check_ids(tokenizer, tokenizer_model, sample)}
         report = {"origin": origin, "step": reader.step, "checks": checks}
-        report |= _fill(temporary, reader, dtype, tokenizer_model, clusters or data / "clusters.safetensors", max_shard_size)
+        clusters = clusters or data / "clusters.safetensors"
+        report |= _fill(temporary, reader, dtype, tokenizer_model, clusters, max_shard_size)
         (temporary / "README.md").write_text(model_card(meta, report, license=license), encoding="utf-8")
         if verify:
             checks |= verify_in_new_process(temporary)
         _seal(temporary, report)
         _replace(temporary, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ExportError(f"{out} cannot be written ({error}); free space there or choose another directory") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -152,7 +155,7 @@ def _fill(
         fold = fold_from_sentencepiece(tokenizer_model)
         extra["model.token_fold"] = torch.from_numpy(fold)
     if memory.bank.enabled:
-        extra |= _router_tensors(clusters)
+        extra |= _router_tensors(clusters, memory.bank.levels, model.vocab_size)
     dimensions = len(extra.get("memory_router.components", ()))
     config = hf_config(reader.meta, fold=fold, router_dimensions=dimensions)
     if dtype != "auto":
@@ -174,7 +177,7 @@ def _fill(
         shutil.copyfile(Path(remote_code.__path__[0]) / name, folder / name)
     return {
         "dtype": str(config.dtype).removeprefix("torch."),
-        "parameters": sum(produced[weight.name].numel() for weight in weights),
+        "parameters": sum(produced[weight.name].numel() for weight in weights if not _stays_fp32(weight.name)),
         "memory_parameters": sum(rows * width for rows, width in reader.tables().values()),
     }
 
@@ -188,24 +191,34 @@ def _expected(config: MegamemConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _router_tensors(clusters: Path) -> dict[str, Tensor]:
-    """What routes a prompt to blocks; nothing where documents were clustered with a sentence encoder."""
+def _router_tensors(clusters: Path, levels: int, vocab_size: int) -> dict[str, Tensor]:
+    """What routes a prompt to blocks; nothing where documents were clustered with a sentence encoder.
+
+    The tree may be deeper than the bank, and the vocabulary of the model larger than the tokenizer's.
+    """
     try:
         with safe_open(clusters, framework="pt") as file:
             if (file.metadata() or {}).get("encoder"):
                 return {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            names = ["idf", "components", *(f"level{level}.centroids" for level in range(1, levels + 1))]
+            tensors = {f"memory_router.{name.replace('.', '_')}": file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise ExportError(
             f"{clusters} cannot be read ({error}); name the cluster tree that the run's data was prepared with"
         ) from None
-    return {f"memory_router.{name.replace('.', '_')}": tensor for name, tensor in tensors.items()}
+    for name in ("memory_router.idf", "memory_router.components"):
+        tensors[name] = F.pad(tensors[name], (0, vocab_size - tensors[name].shape[-1]))
+    return tensors
 
 
 def _dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     if not tensor.is_floating_point():
         return tensor.dtype
-    return torch.float32 if any(part in name for part in _FP32) else dtype
+    return torch.float32 if _stays_fp32(name) else dtype
+
+
+def _stays_fp32(name: str) -> bool:
+    return any(part in name for part in _FP32)
 
 
 def _loader(
@@ -250,6 +263,7 @@ def _write_weights(
         raise ExportError(f"max_shard_size is {max_shard_size!r}; set bytes, or a size such as 5GB") from error
     for file, names in plan.filename_to_tensors.items():
         save_file({name: load(name, tensors[name].dtype) for name in names}, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "tokenizer.json", folder / file)  # safetensors shuts out everyone but the owner
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -257,7 +271,6 @@ def _write_weights(
 
 def _seal(folder: Path, report: dict[str, Any]) -> None:
     """Write the report with the checksums of all files, and flush everything."""
-    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     files = sorted(path.name for path in folder.iterdir())
     report["files"] = {name: {"bytes": (r := record(folder / name)).bytes, "sha256": r.sha256} for name in files}
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -277,7 +290,7 @@ def _refuse_to_replace(out: Path, overwrite: bool) -> None:
 
 def _replace(temporary: Path, out: Path) -> None:
     """Give the finished directory its name; an earlier export of that name goes away last."""
-    old = out.with_name(out.name + ".old")
+    old = out.with_name(out.name + ".old.tmp")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         os.replace(out, old)

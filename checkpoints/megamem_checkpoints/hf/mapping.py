@@ -18,6 +18,8 @@ from megamem.models.config import ModelConfig
 Part = Callable[[Tensor], Tensor]
 """Cuts one exported tensor out of a canonical one; works on meta tensors too."""
 
+_ADVICE = "export a checkpoint whose configuration describes its tensors"
+
 
 @dataclass(frozen=True, slots=True)
 class Weight:
@@ -50,19 +52,18 @@ def check_complete(exported: Mapping[str, tuple[int, ...]], expected: Mapping[st
     missing, unexpected = sorted(expected.keys() - exported.keys()), sorted(exported.keys() - expected.keys())
     if missing:
         raise ExportError(
-            f"the checkpoint gives no value for {missing[0]} ({len(missing)} tensors are missing); export a checkpoint whose "
-            "configuration describes its tensors"
+            f"the checkpoint gives no value for {missing[0]} ({len(missing)} tensors are missing); {_ADVICE}"
         )
     if unexpected:
         raise ExportError(
             f"the checkpoint holds {unexpected[0]}, which its configuration does not describe ({len(unexpected)} tensors); "
-            "export a checkpoint whose configuration describes its tensors"
+            f"{_ADVICE}"
         )
     for name, shape in expected.items():
         if exported[name] != shape:
             raise ExportError(
-                f"{name} has shape {list(exported[name])} in the checkpoint and {list(shape)} by its configuration; export a "
-                "checkpoint whose configuration describes its tensors"
+                f"{name} has shape {list(exported[name])} in the checkpoint and {list(shape)} by its configuration; "
+                f"{_ADVICE}"
             )
 
 

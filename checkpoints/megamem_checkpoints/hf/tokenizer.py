@@ -1,8 +1,8 @@
 """A sentencepiece model as the files that ``AutoTokenizer`` opens, with the same ids.
 
-transformers builds a fast tokenizer from the model's pieces and merges, without the prefix space that some models put before a
-text, and turns text that looks like a special token into that token; both are put right here. What it cannot reproduce (Viterbi
-ties of unigram models, normalisation rules) shows in :func:`check_ids`.
+transformers builds a fast tokenizer from the model's pieces and merges, without the prefix space that some models put
+before a text, and turns text that looks like a special token into that token; both are put right here. What it cannot
+reproduce (Viterbi ties of unigram models, normalisation rules) shows in :func:`check_ids`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ SAMPLE = (
 
 
 def export_tokenizer(model: Path, folder: Path, *, max_length: int) -> Any:
-    """Write the tokenizer files of the sentencepiece ``model`` into ``folder`` and return the tokenizer read back from there.
+    """Write the tokenizer files of the sentencepiece ``model`` into ``folder``; returns the tokenizer read from there.
 
-    ``max_length`` is the number of tokens the model was trained on. ExportError where ``model`` is no sentencepiece model.
+    ``max_length`` is the length of the sequences that the language model was trained on. ExportError where ``model`` is
+    no sentencepiece model. Call it before ``folder`` has a configuration with remote code: transformers asks about it.
     """
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
     from tokenizers import decoders, normalizers
@@ -62,9 +63,9 @@ def export_tokenizer(model: Path, folder: Path, *, max_length: int) -> Any:
 
 
 def check_ids(tokenizer: Any, model: Path, sample: Sequence[str]) -> int:
-    """Compare ids and decoded text with sentencepiece's on :data:`SAMPLE` and ``sample``; ExportError on the first mismatch.
+    """Compare ids and decoded text with sentencepiece's on :data:`SAMPLE` and ``sample``.
 
-    Returns the number of texts compared.
+    Returns the number of texts compared; ExportError on the first mismatch.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -77,13 +78,13 @@ def check_ids(tokenizer: Any, model: Path, sample: Sequence[str]) -> int:
             first = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
             raise ExportError(
                 f"Hugging Face's tokenizer of {model} differs from sentencepiece on {text[:40]!r} (token {first}: "
-                f"{theirs[first : first + 4]} in place of {ours[first : first + 4]}); set data.tokenizer.type to bpe, with the "
-                "identity normalisation, and train again"
+                f"{theirs[first : first + 4]} in place of {ours[first : first + 4]}); set data.tokenizer.type to bpe, "
+                "with the identity normalisation, and train again"
             )
     if len(tokenizer) != processor.vocab_size():
         raise ExportError(
-            f"Hugging Face's tokenizer of {model} has {len(tokenizer)} entries in place of {processor.vocab_size()}; set "
-            "data.tokenizer.type to bpe and train again"
+            f"Hugging Face's tokenizer of {model} has {len(tokenizer)} entries in place of {processor.vocab_size()}; "
+            "set data.tokenizer.type to bpe and train again"
         )
     return len(texts)
 

@@ -35,8 +35,8 @@ def verify_in_new_process(folder: Path) -> dict[str, Any]:
 def verify(folder: Path) -> dict[str, Any]:
     """Load model and tokenizer of ``folder`` and compare inference with and without a cache, in fp32.
 
-    Every weight must be named by the model and the other way round; logits must be finite; logits of a batch with a document
-    boundary must be the same in one piece, token by token and in pieces of five; greedy continuations must be equal.
+    Every weight must be named by the model and the other way round; logits must be finite, and for a batch with a
+    document boundary the same in one piece, token by token and in pieces of five; greedy continuations must be equal.
     ExportError names what failed.
     """
     import torch
@@ -52,8 +52,8 @@ def verify(folder: Path) -> dict[str, Any]:
                 f"{problem.replace('_', ' ')} after loading {folder}: {sorted(map(str, info[problem]))[0]}"
             )
     config, tokenizer = model.config, AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    if len(tokenizer) != config.vocab_size:
-        raise ExportError(f"the tokenizer has {len(tokenizer)} entries and the model {config.vocab_size}")
+    if len(tokenizer) > config.vocab_size:
+        raise ExportError(f"the tokenizer has {len(tokenizer)} entries and the model only {config.vocab_size}")
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (2, _TOKENS), generator=generator)

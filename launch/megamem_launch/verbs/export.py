@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from megamem.errors import ExportError
+
 _SAMPLED_DOCUMENTS = 64
 
 
@@ -16,9 +18,9 @@ _SAMPLED_DOCUMENTS = 64
 class Arguments:
     """Turn a run into a directory that Hugging Face transformers opens, memories included.
 
-    The directory holds safetensors weights, the tokenizer, the modelling code and a model card. It appears only after the
-    checks have passed: checksums of the checkpoint, token ids against sentencepiece, offline reload in a new process,
-    cached against uncached inference. What was checked is in export.json.
+    The directory holds safetensors weights, the tokenizer, the modelling code and a model card. It appears only after
+    the checks have passed: checksums of the checkpoint, token ids against sentencepiece, offline reload in a new
+    process, cached against uncached inference. What was checked is in export.json.
 
     Examples:
       megamem export runs/quickstart runs/quickstart/huggingface
@@ -61,25 +63,31 @@ def main(argv: list[str]) -> int:
         dtype=arguments.dtype,
         tokenizer_model=data / "tokenizer.model",
         clusters=data / "clusters.safetensors",
-        sample=_documents(data),
+        sample=_documents(data, reader.meta["data"]["data"]),
         license=arguments.license,
         max_shard_size=arguments.max_shard_size,
         overwrite=arguments.overwrite,
         verify=arguments.verify,
     )
     size = sum(file["bytes"] for file in report["files"].values())
-    print(f"{arguments.out}: {report['parameters']:,} parameters, {report['dtype']}, {size / 1e6:,.1f} MB, step {report['step']}")
+    parameters = f"{report['parameters']:,} parameters, {report['dtype']}, {size / 1e6:,.1f} MB"
+    print(f"{arguments.out}: step {report['step']}, {parameters}")
     print(f"checked: {', '.join(f'{name} {value}' for name, value in report['checks'].items())}")
     return 0
 
 
-def _documents(folder: Path) -> list[str]:
-    """Text of the first documents of prepared data; none where only the tokenizer is left of it."""
+def _documents(folder: Path, fingerprint: str) -> list[str]:
+    """Text of the first documents of the run's prepared data; none where only the tokenizer is left of it.
+
+    ExportError where ``folder`` holds other data than the run was trained on, as its tokenizer may be another one.
+    """
     from megamem_data.prepared import MANIFEST, PreparedData
 
     if not (folder / MANIFEST).exists():
         return []
     data = PreparedData.open(folder)
+    if data.fingerprint != fingerprint:
+        raise ExportError(f"{folder} is not the data that the run was trained on; name that with --data")
     shard = data.shards[0]
     texts, start = [], 0
     for length in shard.lengths[:_SAMPLED_DOCUMENTS].tolist():

@@ -12,13 +12,17 @@ import tyro
 
 from megamem.errors import ConfigError, ExportError
 
+_NO_ROUTER = (
+    "reading the generic memory: this export cannot route prompts, its documents were clustered by a sentence encoder"
+)
+
 
 @dataclass
 class Arguments:
     """Continue a text with an exported model.
 
-    The model is opened offline, with the modelling code of its directory. A model with a memory bank reads the blocks of the
-    clusters that the prompt belongs to.
+    The model is opened offline and runs the modelling code of its directory. A model with a memory bank reads the
+    blocks of the clusters that the prompt belongs to.
 
     Examples:
       megamem generate runs/quickstart/huggingface "def read_file(path):"
@@ -27,7 +31,7 @@ class Arguments:
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Directory that `megamem export` wrote."""
-    prompt: Annotated[str, tyro.conf.Positional]
+    prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
     """Text to continue."""
     max_new_tokens: int = 64
     """Most tokens to write; the model may end its document sooner."""
@@ -47,7 +51,7 @@ def main(argv: list[str]) -> int:
     if arguments.temperature < 0:
         raise ConfigError(f"--temperature is {arguments.temperature}; set 0 or more")
     if not (arguments.model / "config.json").is_file():
-        raise ExportError(f"{arguments.model} is no exported model; write one with `megamem export RUN {arguments.model}`")
+        raise ExportError(f"{arguments.model} is no exported model; write one with `megamem export RUN OUT`")
     print(generate(arguments))
     return 0
 
@@ -75,8 +79,7 @@ def generate(arguments: Arguments) -> str:
         if model.config.router_dimensions:
             settings["memory_paths"] = model.route(inputs.input_ids)
         else:
-            print("this export cannot route prompts (its documents were clustered by a sentence encoder); reading the generic "
-                  "memory", file=sys.stderr)  # fmt: skip
+            print(_NO_ROUTER, file=sys.stderr)
     output = model.generate(
         input_ids=inputs.input_ids,
         attention_mask=inputs.attention_mask,

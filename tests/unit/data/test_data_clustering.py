@@ -37,8 +37,8 @@ def fit(documents: int, branching: int, levels: int, dimensions: int = 8) -> tup
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    text = "\n".join(f"{a} and {b} make {a + b}" for a in range(30) for b in range(30))
-    return train_tokenizer([text], TokenizerConfig(vocab_size=300), seed=0)
+    text = "\n".join(f"{a} and {b} make {a + b} in all" for a in range(30) for b in range(30))
+    return train_tokenizer([text], TokenizerConfig(vocab_size=285), seed=0)
 
 
 def test_embedding_is_the_documented_formula() -> None:
@@ -104,7 +104,7 @@ def test_balancing_splits_what_plain_kmeans_leaves_together() -> None:
 
 
 def test_identical_documents_do_no_harm() -> None:
-    points = np.tile(np.float32([0.6, 0.8]), (50, 1))
+    points = np.tile(np.array([0.6, 0.8], dtype=np.float32), (50, 1))
     centroids = balanced_kmeans(points, np.arange(50), 4, np.random.default_rng(0))
     np.testing.assert_allclose(centroids, points[:4])
 
@@ -154,7 +154,7 @@ def test_sentence_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, token
     embedder = SentenceEmbedder("mini", tokenizer)
     ids = [tokenizer.encode("and a"), tokenizer.encode("nnn"), tokenizer.encode("1 2 3")]
     embeddings = embedder.embed(np.concatenate(ids), np.array([len(i) for i in ids]))
-    np.testing.assert_allclose(embeddings, [[0.7071068, 0.7071068], [0, 1], [0, 1]], atol=1e-6)
+    np.testing.assert_allclose(embeddings, [[0.7071068, 0.7071068], [0.0, 1.0], [0.0, 1.0]], atol=1e-6)
     tree = ClusterTree.fit(embedder, embeddings, np.arange(3), branching=3, levels=1, seed=0)
     tree.save(tmp_path / "tree.safetensors", tokenizer)
     loaded = ClusterTree.load(tmp_path / "tree.safetensors", tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,8 +31,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     return prepare(data, branching=4, levels=2, seed=3, progress=False)
 
 
-def loader(prepared: PreparedData, **changes: object) -> PackedLoader:
-    options: dict[str, object] = {
+def loader(prepared: PreparedData, **changes: Any) -> PackedLoader:
+    options: dict[str, Any] = {
         "split": "train",
         "seq_length": 33,
         "global_batch_size": 8,
@@ -41,7 +42,7 @@ def loader(prepared: PreparedData, **changes: object) -> PackedLoader:
         "seed": 11,
         "levels": 2,
     }
-    return build_loader(prepared, **(options | changes))  # type: ignore[arg-type]
+    return build_loader(prepared, **(options | changes))
 
 
 def by_sample(batches: list[StepBatch]) -> dict[int, tuple[bytes, ...]]:
@@ -156,7 +157,7 @@ def test_state_names_what_changed(prepared: PreparedData) -> None:
     ):
         with pytest.raises(DataError, match=message):
             loader(prepared, **changes).load_state_dict(state)
-    with pytest.raises(DataError, match="the fingerprint of .* was other"):
+    with pytest.raises(DataError, match=r"the fingerprint of .* was other"):
         train.load_state_dict(state | {"data": "other"})
     train.close()
     resumed.close()

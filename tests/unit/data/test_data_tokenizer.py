@@ -1,9 +1,12 @@
-"""Tokenizer: the settings that keep ids equal to Hugging Face's, exact encoding by line and in processes, clear limits."""
+"""Tokenizer: the same ids as sentencepiece and Hugging Face, encoding by line and in processes, clear limits."""
 
 from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +85,8 @@ def test_a_model_with_a_prefix_space_encodes_whole_texts() -> None:
         vocab_size=400,
         model_type="bpe",
         byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         minloglevel=2,
     )
     tokenizer = Tokenizer(model.getvalue())
@@ -101,6 +106,40 @@ def test_documents_are_encoded_in_order_and_closed(tokenizer: Tokenizer, texts: 
     assert tokens.dtype == np.uint16 and len(lengths) == len(many)
     for ids, text in zip(np.split(tokens, np.cumsum(lengths)[:-1]), many, strict=True):
         assert ids.tolist() == [*tokenizer.encode(text), tokenizer.eos_id]
+
+
+def test_workers_end_when_their_parent_is_killed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
+    parent = subprocess.Popen([sys.executable, script, tmp_path], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(workers) == 2
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # nobody may reap it
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+ENDLESS = """
+import itertools, multiprocessing, pathlib, sys
+import numpy as np
+from megamem_data.tokenizer import Tokenizer, encode_documents
+if __name__ == "__main__":
+    tokenizer = Tokenizer((pathlib.Path(sys.argv[1]) / "tokenizer.model").read_bytes())
+    for _ in encode_documents(itertools.repeat("some words " * 100_000), tokenizer, dtype=np.uint16, workers=2):
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+"""
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,19 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from safetensors.torch import load_file, save_file
+
+from megamem.config.base import to_dict
+from megamem.errors import CheckpointError, ConfigError, ExportError
+from megamem.memory.config import BankConfig, EngramConfig, MemoryConfig
+from megamem.memory.folding import fold_from_sentencepiece
+from megamem.models.config import ModelConfig, MoEConfig
 from megamem_checkpoints.hf.configure import hf_config
 from megamem_checkpoints.hf.export import export, export_checkpoint
 from megamem_checkpoints.hf.mapping import check_complete, map_names
 from megamem_checkpoints.hf.remote_code.modeling_megamem import MegamemForCausalLM
-from safetensors.torch import save_file
-
-from megamem.config.base import to_dict
-from megamem.errors import CheckpointError, ExportError
-from megamem.memory.config import BankConfig, EngramConfig, MemoryConfig
-from megamem.memory.folding import fold_from_sentencepiece
-from megamem.models.config import ModelConfig, MoEConfig
+from megamem_launch.verbs import export as export_verb
+from megamem_launch.verbs import generate as generate_verb
 
 VOCAB = 400
 
@@ -60,7 +62,9 @@ class StandIn:
         (folder / "tokenizer.model").write_bytes(tokenizer_model())
         generator = torch.Generator().manual_seed(5)
         clusters = {"idf": torch.rand(VOCAB, generator=generator), "components": torch.randn(4, VOCAB)}
-        clusters |= {f"level{i + 1}.centroids": torch.randn(3**i, 3, 4, generator=generator) for i in range(2)}
+        clusters |= {
+            f"level{i + 1}.centroids": torch.randn(3**i, 3, 4, generator=generator) for i in range(3)
+        }  # deeper than the bank
         save_file(clusters, folder / "clusters.safetensors", {"encoder": ""})
         router = "sigmoid_bias" if sigmoid else "softmax_aux_loss"
         model = ModelConfig(
@@ -71,9 +75,7 @@ class StandIn:
             num_query_groups=2,
             vocab_size=VOCAB,
             untie_embeddings_and_output_weights=not tied,
-            moe=MoEConfig(
-                layers=[2], num_experts=3, ffn_hidden_size=10, shared_expert_hidden_size=7, router=router
-            ),
+            moe=MoEConfig(layers=[2], num_experts=3, ffn_hidden_size=10, shared_expert_hidden_size=7, router=router),
         )
         memory = MemoryConfig(
             engram=EngramConfig(layers=[1], heads=2, width=3, rows_per_head=50, fold_tokens=True),
@@ -82,6 +84,7 @@ class StandIn:
         self.step = 7
         self.verified = False
         self.meta: dict[str, Any] = {
+            "precision": "fp32",
             "config": {
                 "name": "stand-in",
                 "model": to_dict(model),
@@ -97,13 +100,14 @@ class StandIn:
         fold = fold_from_sentencepiece(folder / "tokenizer.model")
         self.model = MegamemForCausalLM(hf_config(self.meta, fold=fold, router_dimensions=4)).eval()
         with torch.no_grad():
-            for tensor in (*self.model.parameters(), *self.model.buffers()):
-                if tensor.is_floating_point() and tensor.ndim and "inv_freq" not in str(tensor.shape):
-                    tensor.normal_(std=0.3, generator=generator)
-            self.model.model.rotary_emb.inv_freq.copy_(self.model.model.rotary_emb.compute_default_rope_parameters(self.model.config)[0])
+            for parameter in self.model.parameters():
+                parameter.normal_(std=0.3, generator=generator)
             self.model.model.token_fold.copy_(torch.from_numpy(fold))
+            del clusters["level3.centroids"]
             for name, tensor in clusters.items():
                 self.model.memory_router.get_buffer(name.replace(".", "_")).copy_(tensor)
+            if sigmoid:
+                self.model.model.layers[2].mlp.gate.e_score_correction_bias.normal_(generator=generator)
         self.dense, self.memory_tables = canonical(self.model)
 
     def names(self) -> list[str]:
@@ -179,18 +183,22 @@ def sample_ids() -> torch.Tensor:
 
 RELOAD = """
 import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from megamem_launch.verbs.generate import main
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-ids = torch.load(sys.argv[2], weights_only=True)
+ids = load_file(sys.argv[2])["ids"]
 with torch.no_grad():
-    torch.save([model(ids, memory_paths=model.route(ids)).logits, model.route(ids)], sys.argv[3])
-print(AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True).decode([300, 301]))
+    routed = model.route(ids)
+    save_file({"logits": model(ids, memory_paths=routed).logits, "routed": routed}, sys.argv[3])
+main([sys.argv[1], "def f(x):", "--max-new-tokens", "5"])
+main([sys.argv[1], "def f(x):", "--max-new-tokens", "5", "--temperature", "1.0", "--seed", "1", "--generic"])
 """
 
 
-@pytest.mark.parametrize("options", [{"tied": True}, {"tied": False, "sigmoid": True}])
-def test_reloaded_export_has_the_logits_of_the_source(tmp_path: Path, options: dict[str, bool]) -> None:
-    source, out = StandIn(tmp_path / "data", **options), tmp_path / "out"
+@torch.no_grad()
+def test_reloaded_export_has_the_logits_of_the_source(tmp_path: Path) -> None:
+    source, out = StandIn(tmp_path / "data"), tmp_path / "out"
     report = export_checkpoint(source, out, origin="runs/x", max_shard_size="20KB", sample=["some text"])
     assert source.verified
     assert report["checks"]["greedy_cached_equal"]
@@ -201,25 +209,35 @@ def test_reloaded_export_has_the_logits_of_the_source(tmp_path: Path, options: d
     assert len(set(index["weight_map"].values())) > 1
     assert report == json.loads((out / "export.json").read_text(encoding="utf-8"))
     assert {*report["files"], "export.json"} == {path.name for path in out.iterdir()}
-    assert report["parameters"] == sum(p.numel() for p in source.model.parameters()) + (3 if "sigmoid" in options else 0)
+    assert report["parameters"] == sum(parameter.numel() for parameter in source.model.parameters())
 
-    torch.save(sample_ids(), tmp_path / "ids")
+    save_file({"ids": sample_ids()}, tmp_path / "ids")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-c", RELOAD, str(out), str(tmp_path / "ids"), str(tmp_path / "logits")]
-    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=tmp_path)
-    logits, routed = torch.load(tmp_path / "logits", weights_only=True)
-    with torch.no_grad():
-        expected = source.model(sample_ids(), memory_paths=source.model.route(sample_ids())).logits
-        generic = source.model(sample_ids()).logits
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(generic, expected, atol=1e-3)
-    assert torch.equal(routed, source.model.route(sample_ids()))
+    texts = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert texts.count("def f(x):") == 2 and len(texts) > 2 * len("def f(x):\n")
+    found = load_file(tmp_path / "logits")
+    routed = source.model.route(sample_ids())
+    expected = source.model(sample_ids(), memory_paths=routed).logits
+    assert torch.equal(found["routed"], routed)
+    torch.testing.assert_close(found["logits"], expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(source.model(sample_ids()).logits, expected, atol=1e-3)
+
+
+@torch.no_grad()
+def test_untied_output_and_selection_biases_survive(tmp_path: Path) -> None:
+    source, out = StandIn(tmp_path / "data", tied=False, sigmoid=True), tmp_path / "out"
+    report = export_checkpoint(source, out, verify=False)
+    assert not source.verified and (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
+    assert report["parameters"] == sum(parameter.numel() for parameter in source.model.parameters())
+    model = MegamemForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(model(sample_ids()).logits, source.model(sample_ids()).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_keeps_choices_in_fp32_and_the_card_tells_what_it_is(tmp_path: Path) -> None:
     source, out = StandIn(tmp_path / "data", sigmoid=True), tmp_path / "out"
     report = export_checkpoint(source, out, dtype="bf16", license="apache-2.0", verify=False)
-    assert report["dtype"] == "bfloat16" and not source.verified
+    assert report["dtype"] == "bfloat16"
     model = MegamemForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
     assert torch.equal(model.model.embed_tokens.weight, source.model.model.embed_tokens.weight.bfloat16())
@@ -239,7 +257,7 @@ def test_an_existing_directory_is_safe(tmp_path: Path) -> None:
             export_checkpoint(source, out, overwrite=overwrite)
     (out / "thesis.tex").unlink()
     export_checkpoint(source, out, verify=False)
-    with pytest.raises(ExportError, match="already holds an export.*--overwrite"):
+    with pytest.raises(ExportError, match=r"already holds an export.*--overwrite"):
         export_checkpoint(source, out)
     source.step = 8
     assert export_checkpoint(source, out, overwrite=True, verify=False)["step"] == 8
@@ -269,7 +287,7 @@ def test_tensors_and_configuration_must_agree(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="max_shard_size is 'huge'"):
         export_checkpoint(source, out, max_shard_size="huge", verify=False)
     (tmp_path / "data" / "clusters.safetensors").unlink()
-    with pytest.raises(ExportError, match="clusters.safetensors cannot be read"):
+    with pytest.raises(ExportError, match=r"clusters\.safetensors cannot be read"):
         export_checkpoint(source, out)
     assert not out.exists()
 
@@ -277,6 +295,21 @@ def test_tensors_and_configuration_must_agree(tmp_path: Path) -> None:
 def test_a_directory_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         export(tmp_path, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="has no checkpoint"):
+        export_verb.main([str(tmp_path), str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ExportError, "is no exported model", []),
+        (ConfigError, "--max-new-tokens is 0", ["--max-new-tokens", "0"]),
+        (ConfigError, "--temperature is -1.0", ["--temperature", "-1"]),
+    ],
+)
+def test_generate_says_what_to_set(tmp_path: Path, error: type[Exception], message: str, arguments: list[str]) -> None:
+    with pytest.raises(error, match=message):
+        generate_verb.main([str(tmp_path), "text", *arguments])
 
 
 def test_every_projection_row_of_a_grouped_matrix_is_taken_once() -> None:

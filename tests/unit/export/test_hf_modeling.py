@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
+
+from megamem.memory.config import EngramConfig
+from megamem.memory.hashing import hash_specs
 from megamem_checkpoints.hf.remote_code.configuration_megamem import MegamemConfig
 from megamem_checkpoints.hf.remote_code.modeling_megamem import (
     MegamemForCausalLM,
     MegamemNgramHash,
     MegamemTopKRouter,
 )
-from transformers import DynamicCache
-
-from megamem.memory.config import EngramConfig
-from megamem.memory.hashing import hash_specs
 
 VECTORS = Path(__file__).parents[2] / "data" / "engram_hash_testvectors.json"
 EOS = 2

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from megamem_checkpoints.hf.tokenizer import SAMPLE, check_ids, export_tokenizer
 from transformers import AutoTokenizer
 
 from megamem.errors import ExportError
+from megamem_checkpoints.hf.tokenizer import SAMPLE, check_ids, export_tokenizer
 
 TEXT = Path(json.__file__).read_text(encoding="utf-8") + Path(json.decoder.__file__).read_text(encoding="utf-8")
 
@@ -59,7 +59,7 @@ def test_bpe_ids_are_those_of_sentencepiece(tmp_path: Path, prefix: bool) -> Non
 def test_a_unigram_model_is_refused(tmp_path: Path) -> None:
     model = train(tmp_path / "some.model", model_type="unigram")
     tokenizer = export_tokenizer(model, tmp_path, max_length=128)
-    with pytest.raises(ExportError, match="differs from sentencepiece.*data.tokenizer.type to bpe"):
+    with pytest.raises(ExportError, match=r"differs from sentencepiece.*data\.tokenizer\.type to bpe"):
         check_ids(tokenizer, model, [TEXT])
 
 
@@ -75,5 +75,5 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path, content: bytes | None)
     model = tmp_path / "some.model"
     if content is not None:
         model.write_bytes(content)
-    with pytest.raises(ExportError, match="some.model is no sentencepiece model"):
+    with pytest.raises(ExportError, match=r"some\.model is no sentencepiece model"):
         export_tokenizer(model, tmp_path, max_length=128)

@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 
 from megamem.errors import DataError
-from megamem.memory.folding import fold_from_sentencepiece, fold_table, folded_vocab_size, load_fold, save_fold
+from megamem.memory.folding import fold_from_sentencepiece, fold_table, folded_vocab_size
 
 
 def folds(*texts: str) -> list[int]:
@@ -94,23 +94,3 @@ def test_missing_and_broken_models_are_data_errors(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.model", broken):
         with pytest.raises(DataError, match=path.name):
             fold_from_sentencepiece(path)
-
-
-def test_saved_lookup_comes_back(tmp_path: Path) -> None:
-    path = tmp_path / "fold.safetensors"
-    fold = fold_table((text, text) for text in "aAbBc")
-    save_fold(path, fold)
-    np.testing.assert_array_equal(load_fold(path), fold)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("damage", ["absent", "truncated", "flipped"])
-def test_damaged_lookup_is_refused(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "fold.safetensors"
-    if damage != "absent":
-        save_fold(path, np.arange(50))
-        content = bytearray(path.read_bytes())
-        content[-3] ^= 1
-        path.write_bytes(content if damage == "flipped" else content[:-9])
-    with pytest.raises(DataError, match=r"fold\.safetensors"):
-        load_fold(path)

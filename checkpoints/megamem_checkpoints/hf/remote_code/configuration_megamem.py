@@ -1,4 +1,5 @@
 """Configuration of a megamem model: a grouped-query decoder with optional experts, Engram tables and memory banks."""
+# ruff: noqa: RUF012 (a class attribute that transformers reads)
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ class MegamemConfig(PreTrainedConfig):
 
     Args:
         moe_layers (`list[int]`): layers whose feed-forward part is a mixture of experts.
-        moe_router (`str`): `softmax` (experts chosen and weighted by softmax score) or `sigmoid_bias` (chosen by sigmoid
-            score plus a bias, weighted by the score alone). The weights of a token are normalised to sum 1.
+        moe_router (`str`): `softmax` (experts chosen and weighted by softmax score) or `sigmoid_bias` (chosen by
+            sigmoid score plus a bias, weighted by the score alone). The weights of a token are normalised to sum 1.
         shared_expert_intermediate_size (`int`): hidden units of the expert that every token uses; 0 for none.
         engram_layers (`list[int]`): layers with an Engram module (arXiv 2601.07372), which reads hashed n-grams.
         engram_orders, engram_heads, engram_width: n-gram orders, hash heads of each order, width of one row.

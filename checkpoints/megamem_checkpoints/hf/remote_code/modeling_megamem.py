@@ -2,6 +2,7 @@
 
 Shapes: ``b`` sequences, ``s`` new tokens, ``h`` hidden units.
 """
+# ruff: noqa: RUF012 (class attributes that transformers reads)
 
 from __future__ import annotations
 
