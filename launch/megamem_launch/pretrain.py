@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -144,14 +143,14 @@ def _finish(parts: Parts, trainer: Trainer, observer: RunObserver, rank: int) ->
     gates = gate_sample(parts, trainer.runner)
     if gates is not None:
         observer.record("gates", step, **gates)
-    summary = write_summary(parts, trainer)
+    write_summary(parts, trainer)
     if rank == 0:
         from megamem.observe.report import build_report
 
         report = build_report(parts.config.run_dir)
         for path in (report, parts.config.run_dir / "summary.json", parts.config.run_dir / "config.yaml"):
             observer.artifact(path)
-        print(json.dumps({"validation_loss": summary["validation_loss"], "report": str(report)}))
+        print(f"report: {report}")
 
 
 def main() -> int:

@@ -70,9 +70,8 @@ def quickstart(arguments: Arguments) -> dict[str, Any]:
     _title("4/5  export to Hugging Face format")
     _megamem("export", str(run_dir), str(export), "--overwrite")
     _title("5/5  generate from the export")
-    text = _megamem(
-        "generate", str(export), arguments.prompt, "--max-new-tokens", str(arguments.new_tokens), capture=True
-    )
+    sampling = ["--max-new-tokens", str(arguments.new_tokens), "--temperature", "0.7"]
+    text = _megamem("generate", str(export), arguments.prompt, *sampling, capture=True)
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     _screen(config, summary, export, text, kill_step, time.monotonic() - began)
     return summary

@@ -2,64 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from megamem.errors import ConfigError
-from megamem.parallel.layout import Layout, stage_layers
+from megamem.models.checks import check_model
+from megamem.parallel.layout import Layout
 from megamem_launch.config import RunConfig
 
 
 def validate(config: RunConfig, world_size: int) -> Layout:
     """Check that the sections fit each other on ``world_size`` ranks; ConfigError says what to set. Returns the layout."""
     layout = Layout.from_config(config.parallel, world_size)
-    _check_tensor_parallel(config, layout)
-    stage_layers(config.model.num_layers, layout.pp, 0)
-    _check_experts(config, layout)
+    check_model(
+        config.model,
+        config.memory,
+        layout,
+        seq_length=config.data.seq_length,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
     _check_batch(config, layout)
     _check_memory(config)
     _check_schedule(config)
     return layout
-
-
-def _divides(size: int, parts: int, name: str, parts_name: str) -> None:
-    if size % parts:
-        raise ConfigError(f"{name}={size} is not a multiple of {parts_name}={parts}; change one of them")
-
-
-def _check_tensor_parallel(config: RunConfig, layout: Layout) -> None:
-    tp, model = layout.tp, config.model
-    if tp == 1:
-        return
-    name = "parallel.tensor_model_parallel_size"
-    sizes = {
-        "model.num_attention_heads": model.num_attention_heads,
-        "model.num_query_groups": model.num_query_groups,
-        "model.ffn_hidden_size": model.ffn_hidden_size,
-        "model.make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
-        "data.seq_length": config.data.seq_length,
-    }
-    if model.moe.layers:
-        sizes["model.moe.ffn_hidden_size"] = model.moe.ffn_hidden_size
-        sizes["model.moe.shared_expert_hidden_size"] = model.moe.shared_expert_hidden_size
-    for setting, size in sizes.items():
-        _divides(size, tp, setting, name)
-
-
-def _check_experts(config: RunConfig, layout: Layout) -> None:
-    moe = config.model.moe
-    if not moe.layers:
-        if layout.ep > 1:
-            raise ConfigError(
-                f"parallel.expert_model_parallel_size={layout.ep} but model.moe.layers is empty; "
-                "name the layers that have experts, or set it to 1"
-            )
-        return
-    _divides(moe.num_experts, layout.ep, "model.moe.num_experts", "parallel.expert_model_parallel_size")
-    if layout.tp > 1 and not config.parallel.sequence_parallel:
-        raise ConfigError(
-            "mixture-of-experts layers under tensor parallelism need sequence parallelism; "
-            "set parallel.sequence_parallel=true"
-        )
 
 
 def _check_batch(config: RunConfig, layout: Layout) -> None:
@@ -72,19 +34,8 @@ def _check_batch(config: RunConfig, layout: Layout) -> None:
         )
 
 
-def _check_layers(layers: Iterable[int], num_layers: int, setting: str) -> None:
-    for layer in layers:
-        if not 0 <= layer < num_layers:
-            raise ConfigError(
-                f"{setting} names layer {layer}, which no pipeline stage holds; "
-                f"set layers from 0 to {num_layers - 1} (model.num_layers={num_layers})"
-            )
-
-
 def _check_memory(config: RunConfig) -> None:
-    memory, num_layers = config.memory, config.model.num_layers
-    _check_layers(memory.engram.layers, num_layers, "memory.engram.layers")
-    _check_layers(memory.bank.layers, num_layers, "memory.bank.layers")
+    memory = config.memory
     if memory.bank.layers and not memory.bank.enabled:
         raise ConfigError(
             "memory.bank.layers is set but memory.bank.units is empty; set the hidden units of each level"

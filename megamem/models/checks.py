@@ -11,9 +11,10 @@ from megamem.parallel.layout import Layout, stage_layers
 def check_model(
     model: ModelConfig, memory: MemoryConfig, layout: Layout, *, seq_length: int, sequence_parallel: bool
 ) -> None:
-    """Raise ConfigError for the first setting that does not fit; return where the model can be built."""
-    if model.vocab_size < 1:
-        raise ConfigError("model.vocab_size is 0; set it to the number of entries of the tokenizer")
+    """Raise ConfigError for the first setting that does not fit; return where the model can be built.
+
+    A vocabulary of 0 entries, not yet taken from the data, fits everything.
+    """
     stage_layers(model.num_layers, layout.pp, 0)
     _check_memory_layers(model, memory)
     _check_tensor_parallel(model, memory, layout, seq_length, sequence_parallel)
@@ -24,7 +25,10 @@ def _check_memory_layers(model: ModelConfig, memory: MemoryConfig) -> None:
     for name, layers in (("memory.engram.layers", memory.engram.layers), ("memory.bank.layers", memory.bank.layers)):
         outside = [layer for layer in layers if not 0 <= layer < model.num_layers]
         if outside:
-            raise ConfigError(f"{name} names layer {outside[0]}; set layers from 0 to {model.num_layers - 1}")
+            raise ConfigError(
+                f"{name} names layer {outside[0]}, which no pipeline stage holds; set layers from 0 to "
+                f"{model.num_layers - 1} (model.num_layers={model.num_layers})"
+            )
 
 
 def _check_tensor_parallel(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from megamem.errors import ConfigError
 from megamem.memory.config import MemoryConfig
 from megamem.models.attention import choose_backend
 from megamem.models.canonical import mark_tensor_parallel
@@ -35,6 +36,8 @@ def build_model(
 
     ``device="meta"`` gives shapes without memory or weights. ConfigError where the model does not fit the layout.
     """
+    if model.vocab_size < 1:
+        raise ConfigError("model.vocab_size is 0; set it to the number of entries of the tokenizer")
     check_model(model, memory, groups.layout, seq_length=seq_length, sequence_parallel=sequence_parallel)
     device = groups.device if device is None else torch.device(device)
     config = transformer_config(model, groups.layout, dtype=dtype, sequence_parallel=sequence_parallel)

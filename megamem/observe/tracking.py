@@ -217,8 +217,10 @@ class _Session:
             "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
         }.items():
             os.environ.setdefault(name, value)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow.tracking import MlflowClient
+
+        for name in ("alembic", "mlflow"):  # after the import, which sets its own level
+            logging.getLogger(name).setLevel(logging.WARNING)
 
         self._uri = tracking_uri(config, runs_dir)
         if not config.uri:

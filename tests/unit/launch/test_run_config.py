@@ -96,11 +96,15 @@ def test_missing_file(tmp_path: Path) -> None:
     ("overrides", "world", "message"),
     [
         (["parallel.tensor_model_parallel_size=2"], 3, "a world of 3 ranks does not fit .*multiple of 2"),
-        (["parallel.tensor_model_parallel_size=4", "parallel.sequence_parallel=true"], 4, "num_query_groups=2"),
-        (["parallel.tensor_model_parallel_size=2"], 2, "set parallel.sequence_parallel=true"),
+        (
+            ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true", "model.ffn_hidden_size=101"],
+            2,
+            "model.ffn_hidden_size=101 is not a multiple",
+        ),
+        (["parallel.tensor_model_parallel_size=2"], 2, "needs parallel.sequence_parallel; set it to true"),
         (["parallel.pipeline_model_parallel_size=3"], 3, "num_layers=4 is not a multiple"),
         (["parallel.expert_model_parallel_size=2"], 1, "expert_model_parallel_size=2 does not divide"),
-        (["parallel.expert_model_parallel_size=2", "model.moe.layers=[]"], 2, "model.moe.layers is empty"),
+        (["parallel.expert_model_parallel_size=2", "model.moe.layers=[]"], 2, "model.moe.layers names no layer"),
         (["model.moe.num_experts=3", "parallel.expert_model_parallel_size=2"], 2, "model.moe.num_experts=3"),
         (["train.global_batch_size=3"], 2, "multiple of 2"),
         (["memory.engram.layers=[4]"], 1, "memory.engram.layers names layer 4, which no pipeline stage holds"),

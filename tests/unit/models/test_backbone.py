@@ -418,7 +418,6 @@ def test_aux_loss_is_taken_once(groups: Groups) -> None:
 
 TP2, EP2 = Layout(2, tp=2), Layout(2, ep=2)
 MISFITS = {
-    "vocab_size": (small(vocab_size=0), Layout(), "model.vocab_size is 0"),
     "stages": (small(num_layers=3), Layout(2, pp=2), "num_layers=3"),
     "heads": (small(hidden_size=30, num_attention_heads=3, num_query_groups=1), TP2, "num_attention_heads=3"),
     "query-groups": (small(num_attention_heads=6, num_query_groups=3), TP2, "num_query_groups=3"),
@@ -438,8 +437,15 @@ def test_models_that_do_not_fit_are_refused(name: str) -> None:
         check_model(model, MemoryConfig(), layout, seq_length=32, sequence_parallel=False)
 
 
+def test_a_model_without_vocabulary_is_not_built(groups: Groups) -> None:
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is 0"):
+        build(groups, small(vocab_size=0))
+
+
 def test_memories_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"memory.engram.layers names layer 2; set layers from 0 to 1"):
+    with pytest.raises(
+        ConfigError, match=r"memory.engram.layers names layer 2, which no pipeline stage holds"
+    ):
         memory = MemoryConfig(engram=EngramConfig(layers=[0, 2]))
         check_model(small(), memory, Layout(), seq_length=32, sequence_parallel=False)
     with pytest.raises(ConfigError, match=r"memory.bank.layers names layer -1"):
