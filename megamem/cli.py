@@ -7,6 +7,7 @@ imports none of them.
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -69,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MegamemError as error:
         print(f"megamem {name}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter complains when it flushes
+        return 0
     except KeyboardInterrupt:
         print(f"megamem {name}: interrupted", file=sys.stderr)
         return 130

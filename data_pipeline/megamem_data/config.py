@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megamem.config import at_least
 from megamem.errors import ConfigError
 
 
@@ -14,7 +15,7 @@ class SourceConfig:
 
     kind: Literal["folder", "jsonl", "datasets", "python_stdlib"] = "folder"
     """``folder``: one document per file. ``jsonl``: one per line. ``datasets``: anything ``datasets.load_dataset``
-    opens. ``python_stdlib``: the sources of the interpreter's standard library, which every machine has."""
+    opens. ``python_stdlib``: the sources of the interpreter's standard library without its tests, which every machine has."""
     path: str = ""
     """Folder, file, glob of files, or name of the dataset; unused by ``python_stdlib``."""
     pattern: str = "**/*"
@@ -50,9 +51,9 @@ class TokenizerConfig:
     """Lines sampled to train it."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "train_lines"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; set it to at least 1")
+        at_least(self, 1, "vocab_size", "train_lines")
+        if self.vocab_size >= 2**31:
+            raise ConfigError(f"vocab_size is {self.vocab_size}; token ids have 31 bits, set less than {2**31}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,6 +63,7 @@ class DataConfig:
     path: str = ""
     """Directory of prepared data, written by ``megamem data prepare`` and read by ``megamem train``."""
     sources: list[SourceConfig] = field(default_factory=list)
+    """Corpora, in order; each has kind, path, pattern, text_field, split, options and max_documents."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     seq_length: int = 512
     """Tokens per sequence."""
@@ -83,8 +85,6 @@ class DataConfig:
             raise ConfigError(f"seq_length is {self.seq_length}; set at least 2")
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError(f"validation_fraction is {self.validation_fraction}; set a value from 0 up to 1")
-        for name in ("shard_tokens", "cluster_dimensions"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; set it to at least 1")
+        at_least(self, 1, "shard_tokens", "cluster_dimensions")
         if self.workers < 0:
             raise ConfigError(f"workers is {self.workers}; set a number of processes, or 0 for one per core")

@@ -51,14 +51,20 @@ def list_files(source: SourceConfig, where: str = "data.sources") -> list[Path]:
     out."""
     if source.kind == "python_stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        outside = {"site-packages", "dist-packages"}
+        # Its tests are two thirds of it, and much alike.
+        outside = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
         return sorted(path for path in root.rglob("*.py") if outside.isdisjoint(path.relative_to(root).parts))
     root = Path(source.path).expanduser()
     if root.is_file():
         return [root]
     if root.is_dir():
         patterns = [source.pattern] if source.kind == "folder" else ["*.jsonl", "*.jsonl.gz"]
-        found = {path for pattern in patterns for path in root.glob(pattern) if _visible(path, root)}
+        try:
+            found = {path for pattern in patterns for path in root.glob(pattern) if _visible(path, root)}
+        except (ValueError, NotImplementedError) as error:
+            raise DataError(
+                f"{where}: pattern is {source.pattern!r}; set one relative to {root}, such as **/*.md ({error})"
+            ) from None
         described = f"{' or '.join(patterns)} in {root}"
     else:
         found = {Path(name) for name in glob.glob(str(root), recursive=True)}
@@ -121,7 +127,7 @@ def _decode(data: bytes, origin: str, strict: bool, counts: SourceCounts) -> str
 def _field(line: str, field: str, origin: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{origin} is not JSON ({error}); repair or remove it") from None
     if not isinstance(record, dict):
         raise DataError(f"{origin} is no JSON object; write one object with the key {field!r} per line")

@@ -41,7 +41,7 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        if not self.name or Path(self.name).name != self.name:
+        if not self.name or Path(self.name).name != self.name or self.name == "..":
             raise ConfigError(f"name is {self.name!r}; set a plain directory name, without a path")
 
     @property
@@ -65,7 +65,7 @@ def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Run
     data = merge(data, delta)
     base = data.pop("base", None)
     if base is not None:
-        if base not in BASES:
+        if not isinstance(base, str) or base not in BASES:
             raise ConfigError(f"base is {base!r}; set one of: {', '.join(sorted(BASES))}")
         data = merge(copy.deepcopy(BASES[base]), data)
     try:
@@ -91,6 +91,8 @@ def _read(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
         raise ConfigError(f"{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply to be a configuration") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -104,6 +106,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a name", key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"`{key}` is given twice", key_node.start_mark)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -104,12 +105,14 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         try:
-            return float(value)
+            value = float(value)
         except ValueError:
             pass
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, hint) and not (hint is not bool and isinstance(value, bool)):
+        if hint is float and not math.isfinite(value):
+            raise ConfigError(f"{where} is {value}; set a finite number")
         return value
     raise ConfigError(f"{where} must be {_NAMES.get(hint, hint.__name__)}, not {_describe(value)}")
 
@@ -119,6 +122,22 @@ _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 def _describe(value: Any) -> str:
     return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+def at_least(section: Any, minimum: float, *names: str) -> None:
+    """For ``__post_init__``: ConfigError for the first of these settings of ``section`` that is below ``minimum``."""
+    for name in names:
+        value = getattr(section, name)
+        if value < minimum:
+            raise ConfigError(f"{name} is {value}; set it to at least {minimum}")
+
+
+def above_zero(section: Any, *names: str) -> None:
+    """For ``__post_init__``: ConfigError for the first of these settings of ``section`` that is not above 0."""
+    for name in names:
+        value = getattr(section, name)
+        if value <= 0:
+            raise ConfigError(f"{name} is {value}; set a value above 0")
 
 
 def to_dict(config: Any) -> Any:
@@ -154,6 +173,7 @@ def parse_override(text: str) -> dict[str, Any]:
         raise ConfigError(f"override {text!r} must have the form section.setting=value")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {text!r}: the value is not valid YAML ({error})") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise ConfigError(f"override {text!r}: the value is not valid YAML ({problem})") from None
     return merge({}, {key.strip(): parsed})

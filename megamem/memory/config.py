@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megamem.config import above_zero, at_least
 from megamem.errors import ConfigError
 
 
@@ -38,9 +39,9 @@ class EngramConfig:
     def __post_init__(self) -> None:
         if self.orders != list(range(2, 2 + len(self.orders))) or not self.orders:
             raise ConfigError(f"orders is {self.orders}; set consecutive orders that start at 2, such as [2, 3]")
-        for name in ("heads", "width", "rows_per_head"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; set it to at least 1")
+        at_least(self, 1, "heads", "width", "rows_per_head")
+        at_least(self, 0, "seed", "init_std")
+        at_least(self, -1, "pad_id")
         if self.conv_kernel_size < 0:
             raise ConfigError(f"conv_kernel_size is {self.conv_kernel_size}; set 0 for no convolution, or the taps")
         if len(set(self.layers)) != len(self.layers):
@@ -65,8 +66,8 @@ class BankConfig:
     def __post_init__(self) -> None:
         if any(u < 0 for u in self.units):
             raise ConfigError(f"units is {self.units}; set 0 or more hidden units for each level")
-        if self.branching < 2:
-            raise ConfigError(f"branching is {self.branching}; set at least 2")
+        at_least(self, 2, "branching")
+        at_least(self, 0, "init_std")
         if not 0 <= self.generic_probability <= 1:
             raise ConfigError(f"generic_probability is {self.generic_probability}; set a value from 0 to 1")
         if len(set(self.layers)) != len(self.layers):
@@ -88,21 +89,21 @@ class RowOptimizerConfig:
     """``memory.optimizer``: how touched rows are updated. Untouched rows and their state never change."""
 
     name: Literal["rowwise_adagrad", "lazy_adam"] = "lazy_adam"
+    """``rowwise_adagrad``: one accumulator per row. ``lazy_adam``: two moments per element that catch up on missed steps."""
     lr_multiplier: float = 5.0
     """Learning rate of rows as a multiple of the dense learning rate (Engram: 5)."""
     betas: tuple[float, ...] = (0.9, 0.99)
     """Used by ``lazy_adam``."""
     epsilon: float = 1e-8
+    """Added to the root that a row's gradient is divided by."""
     weight_decay: float = 0.0
     """Decoupled, applied to touched rows only."""
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(f"betas is {list(self.betas)}; set two values from 0 up to but not including 1")
-        if self.epsilon <= 0:
-            raise ConfigError(f"epsilon is {self.epsilon}; set a value above 0")
-        if self.lr_multiplier < 0 or self.weight_decay < 0:
-            raise ConfigError("lr_multiplier and weight_decay must be 0 or more")
+        above_zero(self, "epsilon")
+        at_least(self, 0, "lr_multiplier", "weight_decay")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megamem.config import above_zero, at_least
 from megamem.errors import ConfigError
 
 
@@ -33,6 +34,10 @@ class MoEConfig:
     """How tokens reach experts on other ranks."""
 
     def __post_init__(self) -> None:
+        at_least(self, 0, "shared_expert_hidden_size", "aux_loss_coeff", "bias_update_rate")
+        at_least(self, 1, "ffn_hidden_size")
+        if len(set(self.layers)) != len(self.layers):
+            raise ConfigError(f"layers is {self.layers}; name each layer once")
         if self.layers and not 1 <= self.router_topk <= self.num_experts:
             raise ConfigError(f"router_topk is {self.router_topk}; set it between 1 and num_experts={self.num_experts}")
 
@@ -42,10 +47,13 @@ class ModelConfig:
     """``model``: a decoder of grouped-query attention with RoPE and QK-norm, zero-centred RMSNorm and SwiGLU, no biases."""
 
     num_layers: int = 6
+    """Transformer layers."""
     hidden_size: int = 256
+    """Width of the residual stream."""
     ffn_hidden_size: int = 704
     """Hidden units of the dense SwiGLU layers."""
     num_attention_heads: int = 8
+    """Query heads."""
     num_query_groups: int = 4
     """Key/value heads; divides ``num_attention_heads``."""
     kv_channels: int = 0
@@ -55,9 +63,13 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = 128
     """The embedding has this multiple of rows, whatever the tensor-parallel size, so that checkpoints fit any layout."""
     rotary_base: float = 10000.0
+    """Base of the RoPE frequencies."""
     norm_epsilon: float = 1e-6
+    """Added to the mean square in every RMSNorm."""
     qk_layernorm: bool = True
+    """RMSNorm of every query and key head."""
     untie_embeddings_and_output_weights: bool = False
+    """Give the output projection weights of its own; by default it shares the embedding's."""
     init_method_std: float = 0.02
     """Standard deviation of initial weights; output projections use it divided by sqrt(2 num_layers)."""
     attention_backend: Literal["auto", "sdpa", "flash"] = "auto"
@@ -65,9 +77,10 @@ class ModelConfig:
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; set it to at least 1")
+        at_least(self, 1, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+        at_least(self, 1, "make_vocab_size_divisible_by")
+        at_least(self, 0, "vocab_size", "kv_channels", "init_method_std")
+        above_zero(self, "rotary_base", "norm_epsilon")
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "

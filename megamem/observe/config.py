@@ -10,6 +10,8 @@ class TrackingConfig:
     """``tracking``: where measurements go. A JSONL journal in the run directory is always written."""
 
     mlflow: bool = True
+    """Log to MLflow as well."""
     uri: str = ""
     """MLflow tracking URI; empty means SQLite in the directory of runs."""
     experiment: str = "megamem"
+    """MLflow experiment that the run belongs to."""

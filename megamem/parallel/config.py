@@ -14,8 +14,11 @@ class ParallelConfig:
     nproc: int = 1
     """Processes that ``megamem train`` starts on this machine; ignored under torchrun or SLURM, which bring their own."""
     tensor_model_parallel_size: int = 1
+    """Ranks that share every matrix of a layer."""
     pipeline_model_parallel_size: int = 1
+    """Stages that the layers are divided into (1F1B schedule)."""
     expert_model_parallel_size: int = 1
+    """Data-parallel ranks that share the experts of a layer."""
     sequence_parallel: bool = False
     """Split activations outside the tensor-parallel regions along the sequence. Needed by MoE under tensor parallelism."""
 

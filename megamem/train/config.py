@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megamem.config import above_zero, at_least
 from megamem.errors import ConfigError
 
 
@@ -34,9 +35,8 @@ class TrainConfig:
     """Consecutive skipped steps after which the run stops with an error."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch_size", "micro_batch_size", "log_interval", "max_skipped_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; set it to at least 1")
+        at_least(self, 1, "steps", "global_batch_size", "micro_batch_size", "log_interval", "max_skipped_steps")
+        at_least(self, 0, "seed", "eval_interval", "eval_batches")
         if self.global_batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size={self.micro_batch_size}"
@@ -54,22 +54,24 @@ class OptimizerConfig:
     min_lr_ratio: float = 0.1
     """Final learning rate as a share of the peak."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Shape after the warm-up; ``wsd`` stays at the peak and decays linearly at the end."""
     warmup_steps: int = 10
+    """Steps of linear warm-up."""
     decay_steps: int = 0
     """``cosine``: steps until the final rate, 0 for the whole run. ``wsd``: length of the final decay, 0 for a tenth of the run."""
     betas: tuple[float, ...] = (0.9, 0.95)
+    """AdamW's decay of the first and second moment."""
     epsilon: float = 1e-8
+    """AdamW's addition to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled; not applied to norms and other vectors."""
     clip_grad: float = 1.0
     """Global norm over dense and table gradients, each counted once; 0 for no clipping."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ConfigError(f"lr is {self.lr}; set a value above 0")
+        above_zero(self, "lr", "epsilon")
+        at_least(self, 0, "warmup_steps", "decay_steps", "weight_decay", "clip_grad")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ConfigError(f"min_lr_ratio is {self.min_lr_ratio}; set a value from 0 to 1")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ConfigError(f"betas is {list(self.betas)}; set two values from 0 up to but not including 1")
-        if self.warmup_steps < 0 or self.decay_steps < 0 or self.clip_grad < 0:
-            raise ConfigError("warmup_steps, decay_steps and clip_grad must be 0 or more")

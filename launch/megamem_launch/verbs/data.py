@@ -9,6 +9,7 @@ import tyro
 
 from megamem.errors import ConfigError
 from megamem_launch.config import load_config
+from megamem_launch.verbs.parse import parse
 
 
 @dataclass
@@ -26,9 +27,9 @@ class Arguments:
 
     action: Annotated[Literal["prepare"], tyro.conf.Positional]
     """What to do."""
-    config: Annotated[str, tyro.conf.Positional]
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """YAML file of a run; its sections data, memory.bank and train.seed are used."""
-    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SETTING=VALUE")] = ()
     """Settings to change, as section.setting=value."""
     strict: bool = False
     """Refuse text that is not valid UTF-8 (by default it is counted and replaced)."""
@@ -36,7 +37,7 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     """Entry of the verb."""
-    arguments = tyro.cli(Arguments, args=argv, prog="megamem data")
+    arguments = parse(Arguments, argv, "data")
     config = load_config(arguments.config, arguments.overrides)
     if not config.data.path:
         raise ConfigError("data.path is empty; set the directory that the prepared data is written to")

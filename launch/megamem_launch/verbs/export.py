@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from megamem.errors import ExportError
+from megamem_launch.verbs.parse import parse
 
 _SAMPLED_DOCUMENTS = 64
 
@@ -47,7 +48,7 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     """Entry of the verb."""
-    arguments = tyro.cli(Arguments, args=argv, prog="megamem export")
+    arguments = parse(Arguments, argv, "export")
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
     from megamem_checkpoints.directory import find_checkpoint
     from megamem_checkpoints.hf.export import export_checkpoint

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from megamem.errors import ConfigError, ExportError
+from megamem_launch.verbs.parse import parse
 
 _NO_ROUTER = (
     "reading the generic memory: this export cannot route prompts, its documents were clustered by a sentence encoder"
@@ -45,7 +46,7 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     """Entry of the verb."""
-    arguments = tyro.cli(Arguments, args=argv, prog="megamem generate")
+    arguments = parse(Arguments, argv, "generate")
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}; set at least 1")
     if arguments.temperature < 0:

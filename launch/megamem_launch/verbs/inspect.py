@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megamem.errors import MegamemError
+from megamem_launch.verbs.parse import parse
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     """Entry of the verb."""
-    arguments = tyro.cli(Arguments, args=argv, prog="megamem inspect")
+    arguments = parse(Arguments, argv, "inspect")
     run_dir = find_run(arguments.run, Path(arguments.runs_dir))
     from megamem.observe.journal import read_journal
     from megamem.observe.report import build_report, headlines, read_summary

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import textwrap
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
+from megamem.config.describe import settings as describe_settings
+from megamem.errors import ConfigError
 from megamem_launch.config import RunConfig, load_config
 from megamem_launch.validate import validate
+from megamem_launch.verbs.parse import parse
 
 
 @dataclass
@@ -28,15 +33,22 @@ class Arguments:
       megamem train configs/quickstart.yaml parallel.nproc=2 parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true
     """
 
-    config: Annotated[str, tyro.conf.Positional]
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")] = ""
     """YAML file, or the directory of a run."""
-    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SETTING=VALUE")] = ()
     """Settings to change, as section.setting=value (the value is read as YAML)."""
+    settings: bool = False
+    """Print every setting with its default and what it means, and stop."""
 
 
 def main(argv: list[str]) -> int:
     """Entry of the verb."""
-    arguments = tyro.cli(Arguments, args=argv, prog="megamem train")
+    arguments = parse(Arguments, argv, "train")
+    if arguments.settings:
+        print_settings()
+        return 0
+    if not arguments.config:
+        raise ConfigError("no configuration is given; name a YAML file or the directory of a run (see --help)")
     config = load_config(arguments.config, arguments.overrides)
     if "WORLD_SIZE" not in os.environ and config.parallel.nproc > 1:
         return _torchrun(config, [arguments.config, *arguments.overrides])
@@ -44,6 +56,13 @@ def main(argv: list[str]) -> int:
 
     pretrain(config)
     return 0
+
+
+def print_settings() -> None:
+    """Print every setting of a run, in the form that the command line takes."""
+    for setting in describe_settings(RunConfig):
+        print(f"{setting.name}={json.dumps(setting.default)}")
+        print(textwrap.fill(setting.text, 100, initial_indent="    ", subsequent_indent="    "))
 
 
 def _torchrun(config: RunConfig, arguments: list[str]) -> int:
