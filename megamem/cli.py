@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 
 from megamem import __version__
-from megamem.errors import MegamemError
+from megamem.errors import MegamemError, machine_sentence
 from megamem.observe.noise import silence_libraries
 
 SUMMARIES = {
@@ -73,8 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter complains when it flushes
         return 0
+    except OSError as error:
+        sentence = machine_sentence(error)
+        if sentence is None:
+            raise
+        print(f"megamem {name}: {sentence}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print(f"megamem {name}: interrupted", file=sys.stderr)
+        print(f"\nmegamem {name}: interrupted; the same command goes on or starts again", file=sys.stderr)
         return 130
 
 

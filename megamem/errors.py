@@ -3,6 +3,31 @@
 The command line prints the message and exits with code 2; everything else is a bug and keeps its traceback.
 """
 
+import errno
+
+_MACHINE = {
+    errno.ENOSPC: "free space where runs_dir and data.path lie",
+    errno.EDQUOT: "free space where runs_dir and data.path lie",
+    errno.EFBIG: "set a path on a file system that takes larger files",
+    errno.EROFS: "set a path that can be written",
+    errno.EACCES: "set a path that this user may use",
+    errno.EPERM: "set a path that this user may use",
+    errno.EEXIST: "move that file away or set another path",
+    errno.ENOTDIR: "set a path whose parents are directories",
+    errno.EISDIR: "set the path of a file",
+    errno.ENAMETOOLONG: "set a shorter name",
+    errno.EIO: "check the disk",
+}
+
+
+def machine_sentence(error: OSError) -> str | None:
+    """What to tell a user whose disk or file system refused; None where the program may be at fault."""
+    advice = _MACHINE.get(error.errno or 0)
+    if advice is None:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}; {advice}, then give the same command again"
+
 
 class MegamemError(Exception):
     """Base of every error that a user can cause."""

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from megamem.errors import CheckpointError
 from megamem_checkpoints import directory
 from megamem_checkpoints.config import CheckpointConfig
 from megamem_checkpoints.load import load
+from megamem_checkpoints.ranks import Ranks
 from megamem_checkpoints.save import save
 
 if TYPE_CHECKING:
@@ -67,6 +69,17 @@ class Checkpointer:
         format.
         """
         return directory.latest(self.directory)
+
+    def agree(self, path: Path | None) -> None:
+        """CheckpointError on every rank where ranks would start from different checkpoints (None: from nothing), which
+        would leave some waiting for the others. Collective over the world.
+        """
+        names = {str(path) if path is not None else "none" for path in Ranks(self.groups).gather(path)}
+        if len(names) > 1:
+            raise CheckpointError(
+                f"ranks see different checkpoints to start from ({', '.join(sorted(names))}); set runs_dir and "
+                "checkpoint.load to a file system that all ranks share"
+            )
 
     def load(
         self,

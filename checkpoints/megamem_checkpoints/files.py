@@ -6,8 +6,11 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from megamem.errors import CheckpointError
 from megamem_checkpoints.manifest import FileRecord
@@ -23,6 +26,13 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file durably, readable for whoever may read its folder (safetensors lets the owner alone)."""
+    save_file(dict(tensors), path)
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    fsync(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -75,16 +85,16 @@ def share(records: dict[str, FileRecord], rank: int, ranks: int) -> Iterable[str
 
 
 @contextlib.contextmanager
-def writer_lock(directory: Path) -> Iterator[None]:
+def writer_lock(directory: Path, *, doing: str = "writing a checkpoint into") -> Iterator[None]:
     """Hold the only right to write into ``directory``; the system gives it back when the process ends, however it
-    ends.
+    ends. ``doing`` says in the error what the other process does there.
     """
     with (directory / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(
-                f"another process is writing a checkpoint into {directory}; stop it or give this run another name"
+                f"another process is {doing} {directory}; stop it or give this run another name"
             ) from None
         yield
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from megamem_checkpoints.files import fsync
+from megamem_checkpoints.files import write_tensors
 
 _CPU = "torch.cpu"
 _CUDA = "torch.cuda"
@@ -27,8 +27,7 @@ def write(path: Path, extra: Mapping[str, Tensor]) -> None:
         states[_CUDA] = torch.cuda.get_rng_state()
     for name, state in extra.items():
         states[name] = state.detach().cpu().contiguous()
-    save_file(states, path)
-    fsync(path)
+    write_tensors(path, states)
 
 
 def restore(path: Path) -> dict[str, Tensor]:

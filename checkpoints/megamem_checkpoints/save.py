@@ -80,7 +80,8 @@ def save(
             ranks.together(commit)
         except CheckpointError as error:
             raise CheckpointError(
-                f"the checkpoint of step {step} was not written to {root}: {error}; the one before it is untouched"
+                f"the checkpoint of step {step} was not written to {root}: {error}; the one before it is untouched: make "
+                "room there and give the same command again"
             ) from error
     return final
 

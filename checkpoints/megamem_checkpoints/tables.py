@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megamem.errors import CheckpointError
-from megamem_checkpoints.files import FILE_BYTES, fsync
+from megamem_checkpoints.files import FILE_BYTES, write_tensors
 from megamem_checkpoints.manifest import StateRecord, TableRecord
 
 if TYPE_CHECKING:
@@ -48,8 +47,7 @@ def write(root: Path, table: OwnedTable, *, file_bytes: int = FILE_BYTES) -> Tab
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"rows_{start:012d}_{stop:012d}.safetensors"
         cut = slice(start - table.start, stop - table.start)
-        save_file({key: tensor.detach()[cut].contiguous() for key, tensor in tensors.items()}, path)
-        fsync(path)
+        write_tensors(path, {key: tensor.detach()[cut].contiguous() for key, tensor in tensors.items()})
         record.files[path.relative_to(root).as_posix()] = [start, stop]
     return record
 

@@ -32,6 +32,8 @@ class SourceConfig:
     def __post_init__(self) -> None:
         if not self.path and self.kind != "python_stdlib":
             raise ConfigError(f"path is empty; set the folder, file or dataset that this {self.kind} source reads")
+        if self.kind == "folder" and (not self.pattern or self.pattern.startswith("/")):
+            raise ConfigError(f"pattern is {self.pattern!r}; set a glob below path, such as **/*.txt")
         if self.max_documents < 0:
             raise ConfigError(f"max_documents is {self.max_documents}; set a number of documents, or 0 for all")
 

@@ -110,7 +110,8 @@ def _is_running(pid: str) -> bool:
 
 
 def commit(folder: Path, path: Path) -> None:
-    """Give a finished workspace its name; its files are on disk already."""
+    """Give a finished workspace its name; the content of its files is on disk already."""
+    fsync(folder)
     try:
         folder.rename(path)
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,19 @@ def prepare(
     if (existing := finished(path, request)) is not None:
         report.line(f"data: {path} is already prepared; nothing to do")
         return existing
-    with workspace(path) as folder:
-        job = _Job(folder, config, branching if levels else 0, levels, seed, strict, report)
-        manifest = job.run(request)
-        commit(folder, path)
+    try:
+        with workspace(path) as folder:
+            job = _Job(folder, config, branching if levels else 0, levels, seed, strict, report)
+            manifest = job.run(request)
+            commit(folder, path)
+    except OSError as error:
+        raise DataError(
+            f"data.path={path} cannot be written ({error}); free space there, or set another one"
+        ) from error
+    except BrokenProcessPool:
+        raise DataError(
+            "a process that encodes text was killed, most likely for lack of memory; set data.workers to fewer processes"
+        ) from None
     report.line(_summary(path, manifest))
     return PreparedData.open(path)
 

@@ -70,7 +70,7 @@ class Manifest:
         """Write ``data.json``; returns the manifest with its fingerprint."""
         complete = replace(self, fingerprint=self.content)
         path = folder / MANIFEST
-        path.write_text(json.dumps(asdict(complete), indent=1) + "\n")
+        path.write_text(json.dumps(asdict(complete), indent=1) + "\n", encoding="utf-8")
         fsync(path)
         return complete
 
@@ -79,18 +79,18 @@ class Manifest:
         """Read ``data.json``; DataError where it is missing, damaged or of another format."""
         path = folder / MANIFEST
         try:
-            manifest = cls(**json.loads(path.read_text()))
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if (found := fields["format"]) != FORMAT:
+                raise DataError(f"{path} has the format {found!r}, not {FORMAT!r}; delete its folder and prepare again")
+            manifest = cls(**fields)
+            intact = manifest.fingerprint == manifest.content
         except FileNotFoundError:
             raise DataError(
                 f"{folder} holds no prepared data; run `megamem data prepare`, or set data.path to prepared data"
             ) from None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(f"{path} is damaged ({error}); delete its folder and prepare again") from None
-        if manifest.format != FORMAT:
-            raise DataError(
-                f"{path} has the format {manifest.format!r}, not {FORMAT!r}; delete its folder and prepare again"
-            )
-        if manifest.fingerprint != manifest.content:
+        if not intact:
             raise DataError(f"{path} does not match its fingerprint; delete its folder and prepare again")
         return manifest
 
@@ -103,15 +103,18 @@ class PreparedData:
     manifest: Manifest = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, verify: bool = False) -> PreparedData:
+    def open(cls, path: str | os.PathLike[str], *, verify: bool = False, rank: int = 0, ranks: int = 1) -> PreparedData:
         """Open ``path``; DataError names the file that is missing or damaged.
 
-        Sizes, headers, counts and the tokenizer's hash are always checked; ``verify`` also hashes every file.
+        Sizes, headers, counts and the hashes of tokenizer and cluster tree are always checked; ``verify`` also hashes
+        this rank's share of all files, which together with those of the other ``ranks`` are all.
         """
         folder = Path(path)
         data = cls(folder, Manifest.read(folder))
-        for name, expected in data.manifest.files.items():
-            check_file(folder / name, expected, hashed=verify or name == TOKENIZER)
+        by_size = sorted(data.manifest.files.items(), key=lambda item: (-item[1]["bytes"], item[0]))
+        for number, (name, expected) in enumerate(by_size):
+            mine = verify and number % ranks == rank
+            check_file(folder / name, expected, hashed=mine or name in (TOKENIZER, CLUSTERS))
         if data.document_paths.shape != (data.manifest.documents, data.levels):
             raise DataError(
                 f"{folder / PATHS} does not hold one path per document; delete its folder and prepare again"

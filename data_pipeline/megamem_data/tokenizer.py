@@ -69,11 +69,12 @@ class Tokenizer:
 
 def _lines_are_independent(model: bytes) -> bool:
     """Whether a text's ids are those of its lines one after another: no piece crosses a line end, no rule looks past
-    it."""
+    it. Never so for unigram models, whose scores are summed over the whole text in fp32, which decides near-ties."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     rules, trainer = proto.normalizer_spec, proto.trainer_spec
     return (
-        rules.name == "identity"
+        trainer.model_type == trainer.BPE
+        and rules.name == "identity"
         and not rules.add_dummy_prefix
         and not rules.remove_extra_whitespaces
         and trainer.byte_fallback

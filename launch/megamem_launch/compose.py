@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megamem.batch import TokenLoader
 from megamem.config import to_dict
 from megamem.errors import ConfigError
 from megamem.memory.engine import MemoryEngine
-from megamem.memory.streams import build_streams
+from megamem.memory.streams import Stream, build_streams
 from megamem.models.canonical import CanonicalEntry, canonical_entries
 from megamem.models.gpt import build_model
 from megamem.parallel.groups import Groups
 from megamem.parallel.layout import stage_layers
 from megamem.parallel.zero import ZeroEngine
 from megamem_checkpoints.checkpointer import Checkpointer
-from megamem_checkpoints.directory import find_checkpoint
+from megamem_checkpoints.compare import compare_models
+from megamem_checkpoints.directory import find_checkpoint, latest
+from megamem_checkpoints.reader import CheckpointReader
 from megamem_data.loader import build_loader
 from megamem_data.prepared import PreparedData
 from megamem_launch.config import RunConfig, load_config
 
 
 def open_data(config: RunConfig) -> PreparedData:
-    """The prepared data of a run, checked against the configuration; fills ``model.vocab_size`` where it is 0."""
+    """The prepared data of a run, checked against its checksums (each rank reads its share of the files) and against
+    the configuration; fills ``model.vocab_size`` where it is 0."""
     if not config.data.path:
         raise ConfigError("data.path is empty; set the directory that `megamem data prepare` wrote")
-    data = PreparedData.open(Path(config.data.path))
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    data = PreparedData.open(Path(config.data.path), verify=True, rank=rank, ranks=ranks)
     model = config.model
     if not model.vocab_size:
         model.vocab_size = data.vocab_size
@@ -117,6 +123,7 @@ def build_parts(config: RunConfig, data: PreparedData, groups: Groups) -> Parts:
         fold=fold_of(config, data),
         seed=train.seed,
     )
+    check_host_memory(streams, owners=layout.world_size // layout.pp)
     memory = MemoryEngine(
         streams,
         optimizer=config.memory.optimizer,
@@ -154,6 +161,18 @@ def build_parts(config: RunConfig, data: PreparedData, groups: Groups) -> Parts:
     )
 
 
+def check_host_memory(streams: Sequence[Stream], *, owners: int) -> None:
+    """ConfigError where the rows of this stage's tables, spread over ``owners``, cannot fit into this machine."""
+    rows = sum(spec.rows * spec.width for stream in streams for spec in stream.tables) * 4 // owners
+    needed = rows * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / 2**30
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if needed > present:
+        raise ConfigError(
+            f"the rows of memory tables take {needed:,.0f} GiB and this machine has {present:,.0f} GiB; lower "
+            "memory.engram.rows_per_head or width, memory.bank.units or branching, or use more machines"
+        )
+
+
 def checkpoint_meta(parts: Parts, progress: Mapping[str, Any], guard: Mapping[str, Any]) -> dict[str, Any]:
     """The plain data saved with a checkpoint: what a resume and an export need besides tensors."""
     return {
@@ -161,6 +180,7 @@ def checkpoint_meta(parts: Parts, progress: Mapping[str, Any], guard: Mapping[st
         "vocab_size": parts.config.model.vocab_size,
         "precision": precision_of(parts.config),
         "eos_id": parts.data.eos_id,
+        "tokenizer_sha256": parts.data.tokenizer.sha256,
         "layout": asdict(parts.groups.layout),
         "data": parts.loader.state_dict(),
         "optimizer": parts.zero.state_dict(),
@@ -169,6 +189,28 @@ def checkpoint_meta(parts: Parts, progress: Mapping[str, Any], guard: Mapping[st
         "tokens_seen": progress["tokens_seen"],
         "final_losses": dict(progress["evaluations"]),
     }
+
+
+def check_start(config: RunConfig) -> None:
+    """Refuse, before anything is built or written, what this run cannot start from: another run, another model."""
+    check_same_run(config)
+    path, _ = initial_checkpoint(config)
+    if path is not None:
+        compare_models(CheckpointReader(path).meta, {"config": to_dict(config)})
+
+
+def check_ranks_agree(parts: Parts) -> None:
+    """ConfigError on every rank where one of them has another configuration or other data; nodes may hold copies of both."""
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, {"settings": to_dict(parts.config), "data": parts.loader.state_dict()})
+    for rank, other in enumerate(seen):
+        difference = first_difference(seen[0], other)
+        if difference is not None:
+            name, first, here = difference
+            raise ConfigError(
+                f"rank {rank} has {name}={json.dumps(here)} where rank 0 has {json.dumps(first)}; "
+                "give all ranks the same configuration and the same data"
+            )
 
 
 def check_same_run(config: RunConfig) -> None:
@@ -203,9 +245,9 @@ def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any]
     return None if old == new else (path, old, new)
 
 
-def initial_checkpoint(config: RunConfig, parts: Parts) -> tuple[Path | None, bool]:
+def initial_checkpoint(config: RunConfig) -> tuple[Path | None, bool]:
     """The checkpoint to start from, and whether it continues this run (else only its weights are taken)."""
-    own = parts.checkpointer.latest()
+    own = latest(config.run_dir / "checkpoints")
     if own is not None:
         return own, True
     if not config.checkpoint.load:

@@ -77,6 +77,10 @@ class RunObserver:
         if not self._active:
             return
         self._progress.close()
-        self._journal.event("stop" if status == "FINISHED" else "fail", step)
-        self._journal.close()
+        try:
+            self._journal.event("stop" if status == "FINISHED" else "fail", step)
+            self._journal.close()
+        except OSError:
+            if status == "FINISHED":
+                raise  # a run that failed already has something to say, and this would hide it
         self._tracker.finish(status)

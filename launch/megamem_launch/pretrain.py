@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -12,15 +13,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamem.config import to_dict
-from megamem.errors import MegamemError
+from megamem.errors import ConfigError, MegamemError, machine_sentence
 from megamem.observe.noise import silence_libraries
 from megamem.parallel import groups as parallel_groups
 from megamem.train.step import StepRunner
 from megamem.train.trainer import Observer, Progress, Trainer
-from megamem_checkpoints.compare import compare_models
-from megamem_checkpoints.reader import CheckpointReader
-from megamem_launch.compose import Parts, build_parts, check_same_run, checkpoint_meta, initial_checkpoint, open_data
+from megamem_checkpoints.files import writer_lock
+from megamem_launch.compose import (
+    Parts,
+    build_parts,
+    check_ranks_agree,
+    check_start,
+    checkpoint_meta,
+    initial_checkpoint,
+    open_data,
+)
 from megamem_launch.config import RunConfig, load_config, save_config
 from megamem_launch.observer import RunObserver
 from megamem_launch.summary import gate_sample, table_usage, write_summary
@@ -32,25 +39,37 @@ def pretrain(config: RunConfig) -> Path:
 
     Everything that a user can get wrong is checked before the process group exists. Errors are MegamemError subclasses.
     """
+    rank = int(os.environ.get("RANK", "0"))
     layout = validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     data = open_data(config)
-    check_same_run(config)
-    parallel_groups.init_distributed()
-    try:
-        rank = dist.get_rank()
-        groups = parallel_groups.initialize(layout, seed=config.train.seed)
+    check_start(config)
+    with contextlib.ExitStack() as stack:
         if rank == 0:
-            save_config(config, config.run_dir / "config.yaml")
-        parts = build_parts(config, data, groups)
-        _train(parts, rank)
-    finally:
-        parallel_groups.destroy()
-        dist.destroy_process_group()
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(writer_lock(config.run_dir, doing="training"))
+        parallel_groups.init_distributed()
+        try:
+            _train(build_parts(config, data, parallel_groups.initialize(layout, seed=config.train.seed)), rank)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise ConfigError(
+                f"rank {rank} ran out of memory ({str(error).partition(chr(10))[0]}); lower train.micro_batch_size, "
+                "data.seq_length or the sizes of model and memory, or raise the sizes of parallel"
+            ) from error
+        finally:
+            parallel_groups.destroy()
+            dist.destroy_process_group()
     return config.run_dir
+
+
+def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _train(parts: Parts, rank: int) -> None:
     config = parts.config
+    check_ranks_agree(parts)
     progress, guard_state = _restore(parts)
     if progress.step >= config.train.steps and (config.run_dir / "summary.json").exists():
         if rank == 0:
@@ -59,6 +78,8 @@ def _train(parts: Parts, rank: int) -> None:
                 "raise train.steps to go on"
             )
         return
+    if rank == 0:
+        save_config(config, config.run_dir / "config.yaml")
     observer = RunObserver(config, rank=rank, steps_done=progress.step)
 
     def save(step: int) -> None:
@@ -117,10 +138,10 @@ def make_trainer(
 
 def _restore(parts: Parts) -> tuple[Progress, dict[str, Any] | None]:
     """Load the checkpoint that the run starts from, if any."""
-    path, resume = initial_checkpoint(parts.config, parts)
+    path, resume = initial_checkpoint(parts.config)
+    parts.checkpointer.agree(path)
     if path is None:
         return Progress(), None
-    compare_models(CheckpointReader(path).meta, {"config": to_dict(parts.config)})
     loaded = parts.checkpointer.load(
         path,
         entries=parts.entries,
@@ -162,10 +183,14 @@ def main() -> int:
     silence_libraries()
     try:
         pretrain(load_config(arguments[0], arguments[1:]))
-    except MegamemError as error:
-        if int(os.environ.get("RANK", "0")) == 0 or not dist.is_initialized():
-            print(f"megamem train: {error}", file=sys.stderr)
+    except (MegamemError, OSError) as error:
+        sentence = machine_sentence(error) if isinstance(error, OSError) else str(error)
+        if sentence is None:
+            raise
+        print(f"megamem train: {sentence}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -198,7 +198,7 @@ class MemoryEngine:
         Args:
             gradients: From :meth:`return_gradients`, clipped.
             lr: Dense learning rate; rows take ``memory.optimizer.lr_multiplier`` times as much.
-            step: Number of this optimizer step, counted from 1.
+            step: Number of this optimizer step, counted from 1, skipped ones left out.
         """
         with gradients.stats.timed("update_seconds"):
             for name, gradient in gradients.values.items():

@@ -115,9 +115,10 @@ class BankStream:
                 "`megamem data prepare` with this memory.bank into another data.path"
             )
         blocks = micro.document_paths[:, self._level - 1]
-        if blocks.size and not 0 <= blocks.min() <= blocks.max() < generic:
+        wrong = blocks[(blocks < 0) | (blocks >= generic)]
+        if wrong.size:
             raise DataError(
-                f"the prepared data names cluster {blocks.max()} at level {self._level}, where memory.bank.branching="
+                f"the prepared data names cluster {wrong[0]} at level {self._level}, where memory.bank.branching="
                 f"{self._config.branching} allows {generic}; run `megamem data prepare` with this memory.bank into "
                 "another data.path"
             )

@@ -9,7 +9,6 @@ always one contiguous piece of one tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +16,11 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-from megamem.errors import CheckpointError
 from megamem.parallel.groups import Groups
 
 _TP_DIM = {"word_embeddings": 0, "output_layer": 0, "linear_qkv": 0, "linear_proj": 1, "linear_fc1": 0, "linear_fc2": 1}
 _REPLICATED = re.compile(r"(_layernorm|\.router)\.(weight|expert_bias)$|\.(engram|bank)\.")
 _EMBEDDING = "embedding.word_embeddings.weight"
-_OTHER_MODEL = "load weights of a model with the same configuration"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,16 +100,6 @@ def _global_numbers(model: GPTModel, groups: Groups, name: str) -> str:
     return name
 
 
-def mark_tensor_parallel(model: GPTModel, groups: Groups) -> None:
-    """Set the attributes by which megatron-core tells shards from replicas, on which norms over the model rest.
-
-    It sets them itself only where it initialises the weights.
-    """
-    for entry in canonical_entries(model, groups):
-        entry.tensor.tensor_model_parallel = entry.tp_dim is not None  # type: ignore[attr-defined]
-        entry.tensor.partition_dim = -1 if entry.tp_dim is None else entry.tp_dim  # type: ignore[attr-defined]
-
-
 def global_shape(entry: CanonicalEntry, groups: Groups) -> tuple[int, ...]:
     """Shape of the whole tensor, over all tensor-parallel ranks."""
     shape = list(entry.local.shape)
@@ -138,22 +125,3 @@ def gather(entry: CanonicalEntry, local: Tensor, groups: Groups) -> Tensor:
     shards = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(groups.layout.tp)]
     dist.all_gather(shards, local.contiguous(), group=groups.tp)
     return torch.cat(shards, dim=entry.tp_dim)
-
-
-@torch.no_grad()
-def load_canonical(model: GPTModel, tensors: Mapping[str, Tensor], groups: Groups) -> None:
-    """Copy whole tensors by canonical name into this rank's shards, tied copies included. Not collective.
-
-    CheckpointError names the first tensor that is missing or of another shape; nothing is written then.
-    """
-    entries = canonical_entries(model, groups)
-    for entry in entries:
-        if entry.name not in tensors:
-            raise CheckpointError(f"tensor {entry.name} is missing; {_OTHER_MODEL}")
-        expected, found = global_shape(entry, groups), tuple(tensors[entry.name].shape)
-        if expected != found:
-            raise CheckpointError(
-                f"tensor {entry.name} has shape {list(found)} but the model needs {list(expected)}; {_OTHER_MODEL}"
-            )
-    for entry in entries:
-        entry.local.copy_(shard(entry, tensors[entry.name], groups))

@@ -45,6 +45,7 @@ def _check_tensor_parallel(
             f"the padded vocabulary has {vocab} rows, not a multiple of {tp}; "
             "set model.make_vocab_size_divisible_by to one"
         )
+    projected = (model.num_attention_heads + 2 * groups) * model.head_dim
     split = {
         "model.num_attention_heads": model.num_attention_heads,
         "model.ffn_hidden_size": model.ffn_hidden_size,
@@ -55,6 +56,10 @@ def _check_tensor_parallel(
     for name, size in split.items():
         if size % layout.tp:
             raise ConfigError(f"{name}={size} is not a multiple of {tp}; set one to fit the other")
+    if projected % layout.tp:
+        raise ConfigError(
+            f"queries, keys and values are {projected} wide together, not a multiple of {tp}; set model.kv_channels to one"
+        )
     if seq_length % layout.tp and (sequence_parallel or memory.engram.layers or memory.bank.enabled):
         raise ConfigError(
             f"the sequence length {seq_length} is not a multiple of {tp}, over which it is split; "

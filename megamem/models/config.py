@@ -27,7 +27,8 @@ class MoEConfig:
     """``softmax_aux_loss``: softmax scores, load balanced by an auxiliary loss (Switch). ``sigmoid_bias``: sigmoid scores,
     balanced by a per-expert selection bias without any auxiliary loss (DeepSeek-V3)."""
     aux_loss_coeff: float = 1e-2
-    """Weight of the auxiliary loss; used by ``softmax_aux_loss`` alone."""
+    """Weight of the auxiliary loss beside the mean loss of a token; used by ``softmax_aux_loss`` alone. It balances every
+    micro-batch by itself and is averaged over them, so it asks for less the larger ``train.micro_batch_size`` is."""
     bias_update_rate: float = 1e-3
     """Step of the selection bias after each optimizer step; used by ``sigmoid_bias`` alone."""
     token_dispatcher: Literal["allgather", "alltoall"] = "allgather"

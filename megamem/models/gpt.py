@@ -8,7 +8,6 @@ from megatron.core.models.gpt import GPTModel
 from megamem.errors import ConfigError
 from megamem.memory.config import MemoryConfig
 from megamem.models.attention import choose_backend
-from megamem.models.canonical import mark_tensor_parallel
 from megamem.models.checks import check_model
 from megamem.models.config import ModelConfig
 from megamem.models.init import initialize_weights
@@ -60,7 +59,6 @@ def build_model(
             position_embedding_type="rope",
             rotary_base=model.rotary_base,  # annotated int, used as a number
         )
-    mark_tensor_parallel(gpt, groups)
     if device.type == "meta":
         return gpt.to(device)  # megatron puts some buffers on the device it runs on
     initialize_weights(gpt, model, groups, seed=seed)

@@ -7,7 +7,9 @@ step or a later one were overtaken, and readers drop them.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
 import time
@@ -17,13 +19,20 @@ from typing import Any
 
 from megamem.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 Entry = dict[str, Any]
 
 
 class Journal:
-    """Appends entries to ``path``. Each entry is one unbuffered write, so a kill can tear no more than the last line."""
+    """Appends entries to ``path``. Each entry is one unbuffered write, so a kill can tear no more than the last line.
+
+    An entry that the disk does not take (full, over quota) is lost, and a warning says so: training goes on.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
+        self._losing = False
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - closed by close()
         self._file.truncate(_whole_lines(self._file))
@@ -34,8 +43,21 @@ class Journal:
         ``time`` is in seconds since the epoch; ``values`` go through :func:`plain`.
         """
         entry = {"time": round(time.time(), 3), "kind": kind, "step": int(step), **plain(values)}
-        self._file.write(json.dumps(entry, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+        self._append(json.dumps(entry, allow_nan=False, separators=(",", ":")).encode() + b"\n")
         return entry
+
+    def _append(self, line: bytes) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            while line:  # a disk that is almost full takes a part first
+                line = line[self._file.write(line) :]
+            self._losing = False
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)  # half a line would garble the next one
+            if not self._losing:
+                self._losing = True
+                logger.warning("%s cannot be written (%s): measurements are lost until it can", self._path, error)
 
     def event(self, name: str, step: int, /, **details: Any) -> Entry:
         """Append an entry of kind ``event``. The names that readers know: start, checkpoint, skip, stop, fail."""
@@ -48,7 +70,8 @@ class Journal:
     def close(self) -> None:
         """Flush to the disk and close."""
         if not self._file.closed:
-            os.fsync(self._file.fileno())
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
             self._file.close()
 
 

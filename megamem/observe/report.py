@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -46,7 +47,9 @@ class Chart:
 
 
 def build_report(run_dir: Path) -> Path:
-    """Write ``report.html`` into ``run_dir`` and return its path. DataError if the journal is missing or damaged."""
+    """Write ``report.html`` into ``run_dir`` and return its path. DataError if the journal is missing or damaged, or the
+    report cannot be written.
+    """
     journal = run_dir / "journal.jsonl"
     entries = read_journal(journal)
     summary = read_summary(run_dir, entries)
@@ -68,12 +71,17 @@ def build_report(run_dir: Path) -> Path:
         usage=_usage(entries),
         events=_events(read_journal(journal, overtaken=True)),
         further=_further(summary),
-        config=config.read_text() if config.exists() else "",
+        config=config.read_text(encoding="utf-8") if config.exists() else "",
     )
     path = run_dir / "report.html"
     temporary = path.with_suffix(".html.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise DataError(f"{path} cannot be written ({error.strerror}): free space there, or copy the run") from None
     return path
 
 
@@ -110,7 +118,7 @@ def read_summary(run_dir: Path, entries: list[Entry]) -> dict[str, Any]:
     """:func:`summarize`, with ``summary.json`` on top where the run has one."""
     path = run_dir / "summary.json"
     try:
-        extra = json.loads(path.read_text()) if path.exists() else {}
+        extra = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError:
         extra = None
     if not isinstance(extra, dict):

@@ -167,10 +167,10 @@ def replay(run_dir: Path) -> int:
     entries = read_journal(run_dir / "journal.jsonl")
     config_file = run_dir / "config.yaml"
     try:
-        config = yaml.safe_load(config_file.read_text()) or {}
+        config = yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise MegamemError(
-            f"{config_file} cannot be read ({error}): restore the resolved settings of the run"
+            f"{config_file} cannot be read ({getattr(error, 'problem', error)}): restore the resolved settings of the run"
         ) from None
     tracking = build(TrackingConfig, config.get("tracking", {}), "tracking")
     points = [point for point in map(point_of, entries) if point.metrics]
@@ -227,10 +227,13 @@ class _Session:
             runs_dir.mkdir(parents=True, exist_ok=True)
         self._client = MlflowClient(tracking_uri=self._uri)
         id_file = run_dir / _RUN_ID_FILE
-        run_id = id_file.read_text().strip() if resume and id_file.exists() else ""
-        if run_id and self._exists(run_id):
+        run_id = id_file.read_text().strip() if id_file.exists() else ""
+        known = bool(run_id) and self._exists(run_id)
+        if known and resume:
             self._client.update_run(run_id, status="RUNNING")
         else:
+            if known and self._client.get_run(run_id).info.status == "RUNNING":  # killed before its first checkpoint
+                self._client.set_terminated(run_id, "KILLED")
             run_id = self._create(config, runs_dir, run_name, params)
             id_file.write_text(run_id + "\n")
         self._run_id = run_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megamem.config import at_least
 from megamem.errors import ConfigError
 
 
@@ -23,13 +24,7 @@ class ParallelConfig:
     """Split activations outside the tensor-parallel regions along the sequence. Needed by MoE under tensor parallelism."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "nproc",
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "expert_model_parallel_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; set it to at least 1")
+        at_least(self, 1, "nproc", "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        at_least(self, 1, "expert_model_parallel_size")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError("sequence_parallel is true, which needs tensor_model_parallel_size of 2 or more")

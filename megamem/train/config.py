@@ -58,7 +58,8 @@ class OptimizerConfig:
     warmup_steps: int = 10
     """Steps of linear warm-up."""
     decay_steps: int = 0
-    """``cosine``: steps until the final rate, 0 for the whole run. ``wsd``: length of the final decay, 0 for a tenth of the run."""
+    """``cosine``: steps until the final rate, warm-up included, 0 for the whole run. ``wsd``: length of the final decay, 0 for a
+    tenth of the run."""
     betas: tuple[float, ...] = (0.9, 0.95)
     """AdamW's decay of the first and second moment."""
     epsilon: float = 1e-8
@@ -71,6 +72,11 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         above_zero(self, "lr", "epsilon")
         at_least(self, 0, "warmup_steps", "decay_steps", "weight_decay", "clip_grad")
+        if self.schedule == "cosine" and 0 < self.decay_steps <= self.warmup_steps:
+            raise ConfigError(
+                f"decay_steps is {self.decay_steps}, which counts from the first step and ends within warmup_steps="
+                f"{self.warmup_steps}; set more, or 0 for the whole run"
+            )
         if not 0 <= self.min_lr_ratio <= 1:
             raise ConfigError(f"min_lr_ratio is {self.min_lr_ratio}; set a value from 0 to 1")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):

@@ -11,7 +11,8 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     """Learning rate of optimizer step ``step`` (from 0) in a run of ``total_steps``.
 
     Linear warm-up to ``lr``; then ``constant``, ``cosine`` (half a cosine to ``lr * min_lr_ratio``), or ``wsd``
-    (warm-up, stable, and a linear decay over the last ``decay_steps``; arXiv 2404.06395, section 4).
+    (warm-up, stable, and a linear decay over the last ``decay_steps``; arXiv 2404.06395, section 4). The decay starts
+    when the warm-up has ended, at the earliest.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -22,7 +23,7 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
         end = config.decay_steps or total_steps
         progress = min(1.0, (step - config.warmup_steps) / max(1, end - config.warmup_steps))
         return floor + (config.lr - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
-    decay = config.decay_steps or max(1, total_steps // 10)
+    decay = max(1, min(config.decay_steps or total_steps // 10, total_steps - config.warmup_steps))
     start = total_steps - decay
     progress = min(1.0, max(0.0, (step + 1 - start) / decay))
     return config.lr + (floor - config.lr) * progress

@@ -138,7 +138,8 @@ class Trainer:
         coefficient = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         self.zero.step(lr=lr, clip_coefficient=coefficient)
         rows.scale(coefficient)
-        self.memory.apply(rows, lr=lr, step=step + 1)
+        # Like dense AdamW, rows count the steps that were applied: a skipped one must not age their moments.
+        self.memory.apply(rows, lr=lr, step=step + 1 - self.progress.skipped_steps)
         update_router_bias(self.model)
 
     def _report(

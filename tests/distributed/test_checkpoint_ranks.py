@@ -202,6 +202,23 @@ def save_with_failure(layout: Layout, directory: Path, failing: int, phase: str)
     return ""
 
 
+def agree_on(layout: Layout, directory: Path, different: bool) -> str:
+    """What every rank reports where rank 1 found another checkpoint, or the same."""
+    run = ShardedRun(layout, directory, filled=False)
+    try:
+        run.checkpointer.agree(directory / "step_00000005" if dist.get_rank() == 0 or not different else None)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_see_different_checkpoints_all_say_so(tmp_path: Path) -> None:
+    layout = Layout(world_size=2)
+    assert run_distributed(agree_on, 2, layout, tmp_path, False) == ["", ""]
+    first, second = run_distributed(agree_on, 2, layout, tmp_path, True)
+    assert first == second and "ranks see different checkpoints" in first and "none" in first
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of four ranks: tensor, data and expert parallel."""

@@ -38,19 +38,20 @@ SP = "parallel.sequence_parallel=true"
 PP = "parallel.pipeline_model_parallel_size=2"
 EP = "parallel.expert_model_parallel_size=2"
 DENSE = "model.moe.layers=[]"
+AUX = "model.moe.aux_loss_coeff=1.0"  # its gradient shows in the norms: it must weigh the same under every layout
 ALLTOALL = "model.moe.token_dispatcher=alltoall"
 
 # name: (ranks, overrides that change the layout, overrides that change the model and so its one-process reference)
 LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
     "dp2": (2, [], []),
-    "dp4": (4, [], []),
+    "dp4": (4, [], [AUX]),
     "tp2": (2, [TP], [DENSE]),
     "tp2-sp": (2, [TP, SP], []),
     "pp2": (2, [PP], []),
-    "tp2-pp2": (4, [TP, SP, PP], []),
+    "tp2-pp2": (4, [TP, SP, PP], [AUX]),
     "ep2-allgather": (2, [EP], []),
     "ep2-alltoall": (2, [EP, ALLTOALL], []),
-    "ep2-pp2": (4, [EP, PP], []),
+    "ep2-pp2": (4, [EP, PP], [AUX]),
     "ep2-sigmoid": (2, [EP], ["model.moe.router=sigmoid_bias"]),
     "tp2-ep2": (4, [TP, SP, EP], []),
     "dp2-adagrad": (2, [], ["memory.optimizer.name=rowwise_adagrad"]),

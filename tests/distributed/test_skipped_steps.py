@@ -21,8 +21,11 @@ OVERRIDES = [
 ]
 
 
-def poisoned_run(overrides: list[str], data_path: str, victim: str) -> tuple[list[float], list[str], list[bool]]:
-    """Train 5 steps; in the third, the last rank's gradient of ``victim`` becomes NaN."""
+def poisoned_run(
+    overrides: list[str], data_path: str, victim: str
+) -> tuple[list[float], list[str], list[bool], set[int]]:
+    """Train 5 steps; in the third, the last rank's gradient of ``victim`` becomes NaN. The last value holds the steps that
+    the optimizers of rows and dense parameters have counted."""
     from megamem.parallel import groups as parallel_groups
     from megamem_launch.compose import build_parts, open_data
     from megamem_launch.pretrain import make_trainer
@@ -72,14 +75,16 @@ def poisoned_run(overrides: list[str], data_path: str, victim: str) -> tuple[lis
     trainer.run()
     parts.loader.close()
     parallel_groups.destroy()
-    return losses, events, unchanged
+    counted = {int(table.state["last_step"].max()) for table in parts.memory.tables.values()}
+    return losses, events, unchanged, counted | {parts.zero.state_dict()["step"]}
 
 
 @pytest.mark.parametrize("victim", ["table", "dense"])
 @pytest.mark.parametrize("layout", [[], ["parallel.pipeline_model_parallel_size=2"]], ids=["dp2", "pp2"])
 def test_step_is_skipped_everywhere(victim: str, layout: list[str], prepared_tiny: Path) -> None:
     results = run_distributed(poisoned_run, 2, layout, str(prepared_tiny), victim)
-    for losses, events, unchanged in results:
+    for losses, events, unchanged, counted in results:
+        assert counted == {4}
         assert unchanged == [False, False, True, False, False]
         assert len(losses) == 5 and all(loss == loss for loss in losses)
         assert len(events) == 1 and events[0].startswith("skip 3 step 3 skipped on all ranks: the gradient norm is nan")

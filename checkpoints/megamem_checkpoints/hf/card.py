@@ -33,7 +33,8 @@ def model_card(meta: Mapping[str, Any], report: Mapping[str, Any], *, license: s
         "## Model\n\n" + _table(_shape(config, report)),
         "## Training\n\n" + _table(_training(meta, report)),
         _sources(config),
-        "## Limits\n\nA pretrained model without instruction or safety training: it continues text.",
+        "## Limits\n\nA pretrained model without instruction or safety training: it continues text. It was trained on documents "
+        "that do not see each other: give it one per sequence, or packed ones with `position_ids` that start again.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 

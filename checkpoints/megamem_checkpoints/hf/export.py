@@ -22,7 +22,6 @@ from megamem.errors import ExportError
 from megamem.memory.config import MemoryConfig
 from megamem.memory.folding import fold_from_sentencepiece
 from megamem.models.config import ModelConfig
-from megamem_checkpoints.directory import find_checkpoint
 from megamem_checkpoints.files import fsync, record
 from megamem_checkpoints.hf import remote_code
 from megamem_checkpoints.hf.card import model_card
@@ -31,11 +30,7 @@ from megamem_checkpoints.hf.mapping import Weight, check_complete, map_names
 from megamem_checkpoints.hf.remote_code.configuration_megamem import MegamemConfig
 from megamem_checkpoints.hf.remote_code.modeling_megamem import MegamemForCausalLM
 from megamem_checkpoints.hf.tokenizer import check_ids, export_tokenizer
-from megamem_checkpoints.hf.verify import verify_in_new_process
-from megamem_checkpoints.reader import CheckpointReader
-
-REPORT = "export.json"
-"""File that makes a directory an export: origin, checks and checksums."""
+from megamem_checkpoints.hf.verify import REPORT, verify_in_new_process
 
 _CODE = ("configuration_megamem.py", "modeling_megamem.py")
 _FP32 = (
@@ -65,15 +60,6 @@ class Reader(Protocol):
     def rows(self, table: str, start: int, stop: int) -> Tensor: ...
 
     def verify(self) -> None: ...
-
-
-def export(source: Path, out: Path, **options: Any) -> dict[str, Any]:
-    """Export the checkpoint ``source``, or the latest one of the run ``source``, into ``out``.
-
-    Options and errors are those of :func:`export_checkpoint`; CheckpointError where there is no whole checkpoint.
-    """
-    checkpoint = find_checkpoint(source)
-    return export_checkpoint(CheckpointReader(checkpoint), out, origin=str(checkpoint), **options)
 
 
 def export_checkpoint(
@@ -113,13 +99,15 @@ def export_checkpoint(
             reproduced, or a check failed.
         CheckpointError: a file of the checkpoint is damaged.
     """
+    out = out.resolve()
     _refuse_to_replace(out, overwrite)
     meta = reader.meta
     data = Path(meta["config"]["data"]["path"])
     tokenizer_model = tokenizer_model or data / "tokenizer.model"
+    _check_tokenizer(tokenizer_model, meta["tokenizer_sha256"])
     if verify:
         reader.verify()
-    temporary = out.with_name(out.name + ".tmp")
+    temporary = out.with_name(f".{out.name}.exporting")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -155,7 +143,9 @@ def _fill(
         fold = fold_from_sentencepiece(tokenizer_model)
         extra["model.token_fold"] = torch.from_numpy(fold)
     if memory.bank.enabled:
-        extra |= _router_tensors(clusters, memory.bank.levels, model.vocab_size)
+        extra |= _router_tensors(
+            clusters, memory.bank.levels, model.vocab_size, tokenizer_sha256=reader.meta["tokenizer_sha256"]
+        )
     dimensions = len(extra.get("memory_router.components", ()))
     config = hf_config(reader.meta, fold=fold, router_dimensions=dimensions)
     if dtype != "auto":
@@ -191,14 +181,35 @@ def _expected(config: MegamemConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _router_tensors(clusters: Path, levels: int, vocab_size: int) -> dict[str, Tensor]:
+def _check_tokenizer(model: Path, sha256: str) -> None:
+    """ExportError unless ``model`` is the file that the run was trained with."""
+    try:
+        found = record(model).sha256
+    except OSError as error:
+        raise ExportError(
+            f"{model} cannot be read ({error}); name the prepared data of the run, or a copy, with --data"
+        ) from None
+    if found != sha256:
+        raise ExportError(
+            f"{model} is not the tokenizer that the run was trained with (its sha256 differs); name the prepared data of "
+            "the run, or a copy, with --data"
+        )
+
+
+def _router_tensors(clusters: Path, levels: int, vocab_size: int, *, tokenizer_sha256: str) -> dict[str, Tensor]:
     """What routes a prompt to blocks; nothing where documents were clustered with a sentence encoder.
 
     The tree may be deeper than the bank, and the vocabulary of the model larger than the tokenizer's.
     """
     try:
         with safe_open(clusters, framework="pt") as file:
-            if (file.metadata() or {}).get("encoder"):
+            metadata = file.metadata() or {}
+            if metadata.get("tokenizer_sha256") != tokenizer_sha256:
+                raise ExportError(
+                    f"{clusters} is no cluster tree of the run's tokenizer; name the one that the run's data was "
+                    "prepared with"
+                )
+            if metadata.get("encoder"):
                 return {}
             names = ["idf", "components", *(f"level{level}.centroids" for level in range(1, levels + 1))]
             tensors = {f"memory_router.{name.replace('.', '_')}": file.get_tensor(name) for name in names}
@@ -290,7 +301,7 @@ def _refuse_to_replace(out: Path, overwrite: bool) -> None:
 
 def _replace(temporary: Path, out: Path) -> None:
     """Give the finished directory its name; an earlier export of that name goes away last."""
-    old = out.with_name(out.name + ".old.tmp")
+    old = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         os.replace(out, old)

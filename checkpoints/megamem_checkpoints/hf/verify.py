@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -12,10 +13,48 @@ from typing import Any
 
 from megamem.errors import ExportError
 
+REPORT = "export.json"
+"""File that makes a directory an export: origin, checks and checksums."""
+
 _TOKENS = 24
 _NEW_TOKENS = 8
 _TOLERANCE = 1e-4
 """Largest difference between cached and uncached logits, relative to the largest logit; fp32."""
+
+
+def check_files(folder: Path) -> None:
+    """Compare the weights in ``folder`` with the checksums of its export; ExportError names what is wrong.
+
+    The other files must be there but may be edited, and a directory without a report has nothing to compare with.
+    """
+    try:
+        architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        report = folder / REPORT
+        files = json.loads(report.read_text(encoding="utf-8"))["files"] if report.exists() else {}
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items() if _is_weights(name)}
+    except FileNotFoundError:
+        raise ExportError(f"{folder} is no exported model; write one with `megamem export RUN OUT`") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ExportError(f"{folder} is damaged ({type(error).__name__}: {error}); export the run again") from None
+    if architecture != "megamem":
+        raise ExportError(f"{folder} holds a {architecture} model; write one with `megamem export RUN OUT`")
+    others = (name for name in files if name != "README.md" and name not in expected)
+    missing = [name for name in others if not (folder / name).is_file()]
+    if missing:
+        raise ExportError(f"{folder / missing[0]} is missing; export the run again")
+    for name, (size, sha256) in expected.items():
+        try:
+            with (folder / name).open("rb") as file:
+                intact = os.fstat(file.fileno()).st_size == size
+                intact = intact and hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        except OSError as error:
+            raise ExportError(f"{folder / name} cannot be read ({error.strerror}); export the run again") from None
+        if not intact:
+            raise ExportError(f"{folder / name} is not what was exported; export the run again")
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
 
 
 def verify_in_new_process(folder: Path) -> dict[str, Any]:

@@ -37,7 +37,8 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     """Entry of the verb."""
-    arguments = parse(Arguments, argv, "data")
+    flags_last = sorted(argv, key=lambda argument: argument.startswith("-"))  # settings may stand on either side
+    arguments = parse(Arguments, flags_last, "data")
     config = load_config(arguments.config, arguments.overrides)
     if not config.data.path:
         raise ConfigError("data.path is empty; set the directory that the prepared data is written to")

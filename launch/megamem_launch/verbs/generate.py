@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -49,10 +50,15 @@ def main(argv: list[str]) -> int:
     arguments = parse(Arguments, argv, "generate")
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}; set at least 1")
-    if arguments.temperature < 0:
+    if not 0 <= arguments.temperature < math.inf:
         raise ConfigError(f"--temperature is {arguments.temperature}; set 0 or more")
-    if not (arguments.model / "config.json").is_file():
-        raise ExportError(f"{arguments.model} is no exported model; write one with `megamem export RUN OUT`")
+    if not 0 <= arguments.seed < 2**32:
+        raise ConfigError(f"--seed is {arguments.seed}; set a number from 0 to {2**32 - 1}")
+    if any("\ud800" <= character <= "\udfff" for character in arguments.prompt):  # how Python shows undecodable bytes
+        raise ConfigError("the prompt is not valid UTF-8; convert it")
+    from megamem_checkpoints.hf.verify import check_files
+
+    check_files(arguments.model)
     print(generate(arguments))
     return 0
 
@@ -67,8 +73,12 @@ def generate(arguments: Arguments) -> str:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True).to(device).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True).to(device).eval()
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ExportError(f"{arguments.model} cannot be opened ({reason}); export the run again") from error
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(device)
     if inputs.input_ids.shape[1] == 0:
         raise ConfigError("the prompt is empty; give the model at least one character to continue")

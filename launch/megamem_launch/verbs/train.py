@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import textwrap
@@ -68,12 +69,14 @@ def print_settings() -> None:
 def _torchrun(config: RunConfig, arguments: list[str]) -> int:
     """Start the ranks on this machine with torchrun's library; the exit code is that of the first rank that failed."""
     validate(config, config.parallel.nproc)
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from megamem_launch.compose import open_data
+    from megamem_launch.compose import check_start, open_data
 
     open_data(config)
+    check_start(config)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.parallel.nproc)))
     launch = LaunchConfig(
         min_nodes=1,
@@ -84,9 +87,21 @@ def _torchrun(config: RunConfig, arguments: list[str]) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say themselves what is wrong
     try:
         elastic_launch(launch, sys.executable)("-u", "-m", "megamem_launch.pretrain", *arguments)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 1
+        rank, failure = error.get_first_failure()
+        if failure.exitcode == 2:
+            return 2
+        how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        print(
+            f"megamem train: rank {rank} ended with {how}, so all ranks were stopped; the same command goes on from the "
+            "last checkpoint",
+            file=sys.stderr,
+        )
+        return 1
+    except SignalException as error:
+        print(f"megamem train: interrupted by signal {error.sigval}", file=sys.stderr)
+        return 128 + error.sigval
     return 0

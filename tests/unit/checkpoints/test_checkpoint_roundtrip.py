@@ -24,6 +24,13 @@ ENGRAM = "decoder.layers.1.engram.table"
 BANK = "decoder.layers.0.bank.level1.table"
 
 
+def test_whoever_may_read_the_folder_may_read_every_file(mini_run: Callable[..., Any]) -> None:
+    path = mini_run().save(1)
+    files = [file for file in path.rglob("*") if file.is_file()]
+    assert len(files) > 4
+    assert {file.stat().st_mode & 0o777 for file in files} == {path.stat().st_mode & 0o666}
+
+
 def test_round_trip_is_bit_identical(mini_run: Callable[..., Any]) -> None:
     saved, fresh = mini_run(seed=1), mini_run(seed=2)
     path = saved.save(50)

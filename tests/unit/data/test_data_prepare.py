@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from megamem.errors import ConfigError, DataError
 from megamem_data.config import DataConfig, SourceConfig, TokenizerConfig
 from megamem_data.prepare import prepare
 from megamem_data.prepared import PreparedData
+from megamem_data.shards import ShardWriter
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +170,28 @@ def test_a_failure_leaves_nothing(
         run(dataclasses.replace(config(corpus, tmp_path), path=""))
 
 
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), r"cannot be written .*No space left .*; free space there"),
+        (BrokenProcessPool(), r"was killed, .* set data\.workers to fewer"),
+    ],
+)
+def test_a_full_disk_and_a_killed_worker_leave_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Exception, message: str
+) -> None:
+    add = ShardWriter.add
+
+    def failing(writer: ShardWriter, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        add(writer, tokens, lengths)
+        raise failure
+
+    monkeypatch.setattr(ShardWriter, "add", failing)
+    with pytest.raises(DataError, match=message):
+        run(config(corpus, tmp_path / "data"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_corpus_without_text_or_without_training_documents(tmp_path: Path, corpus: Path) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
@@ -231,16 +257,51 @@ def test_damage_is_noticed_and_named(copy: Path, name: str) -> None:
         PreparedData.open(copy)
 
 
+@pytest.mark.parametrize("name", ["shard_00000.bin", "shard_00001.bin", "paths.npy"])
+def test_the_ranks_of_a_run_together_hash_every_file(copy: Path, name: str) -> None:
+    content = bytearray((copy / name).read_bytes())
+    content[-1] ^= 1
+    (copy / name).write_bytes(content)
+    noticed = 0
+    for rank in range(3):
+        try:
+            PreparedData.open(copy, verify=True, rank=rank, ranks=3)
+        except DataError as error:
+            assert f"{name} does not match its checksum" in str(error)
+            noticed += 1
+    assert noticed == 1
+
+
+def test_training_refuses_a_flipped_bit(prepared_tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(prepared_tiny, tmp_path / "data")
+    shard = tmp_path / "data" / "shard_00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1  # still a token of the vocabulary
+    shard.write_bytes(content)
+    settings = [f"data.path={tmp_path / 'data'}", f"runs_dir={tmp_path / 'runs'}", "tracking.mlflow=false"]
+    config = Path(__file__).parents[3] / "configs" / "tiny.yaml"
+    command = [sys.executable, "-m", "megamem.cli", "train", str(config), *settings]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith(f"megamem train: {shard} does not match its checksum")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_manifest_damage_is_noticed(copy: Path) -> None:
     manifest = json.loads((copy / "data.json").read_text())
     for change, message in (
         ({"vocab_size": 286}, "does not match its fingerprint"),
         ({"format": "megamem-data-9"}, "has the format 'megamem-data-9'"),
         ({"surprise": 1}, r"data\.json is damaged"),
+        ({"files": []}, r"data\.json is damaged"),
+        ({"format": "megamem-data-9", "surprise": 1}, "has the format 'megamem-data-9'"),
     ):
         (copy / "data.json").write_text(json.dumps(manifest | change))
         with pytest.raises(DataError, match=message):
             PreparedData.open(copy)
+    (copy / "data.json").write_text("[1]")
+    with pytest.raises(DataError, match=r"data\.json is damaged"):
+        PreparedData.open(copy)
     (copy / "data.json").write_text("{")
     with pytest.raises(DataError, match=r"data\.json is damaged"):
         PreparedData.open(copy)

@@ -57,6 +57,9 @@ def test_missing_and_unreadable_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:-20])
     with pytest.raises(DataError, match=r"broken\.jsonl\.gz .* cannot be read"):
         read(SourceConfig(kind="jsonl", path=str(tmp_path)))
+    for pattern in ("", "/etc/*"):
+        with pytest.raises(ConfigError, match="set a glob below path"):
+            SourceConfig(path="x", pattern=pattern)
     with pytest.raises(ConfigError, match="path is empty"):
         SourceConfig(kind="jsonl")
 

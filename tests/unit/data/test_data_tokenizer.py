@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -94,6 +95,17 @@ def test_a_model_with_a_prefix_space_encodes_whole_texts() -> None:
     text = "two lines\nof text"
     assert tokenizer.encode(text) == reference.encode(text)
     assert tokenizer.encode(text) != [i for line in text.splitlines(True) for i in reference.encode(line)]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_any_text_gets_the_ids_of_sentencepiece(kind: Literal["bpe", "unigram"], texts: list[str]) -> None:
+    tokenizer = train_tokenizer(texts[:10], TokenizerConfig(type=kind, vocab_size=700), seed=1)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    parts = [" ", "  ", "\n", "\r", "\t", "\x0b", "\x85", "\x00", "\u2028", "\u2581", "a", "def ", "é", "日", "</s>"]
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        text = "".join(rng.choice(parts, rng.integers(0, 40)))
+        assert tokenizer.encode(text) == reference.encode(text), text
 
 
 @pytest.mark.parametrize("workers", [1, 2])

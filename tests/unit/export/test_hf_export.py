@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -24,9 +26,10 @@ from megamem.memory.config import BankConfig, EngramConfig, MemoryConfig
 from megamem.memory.folding import fold_from_sentencepiece
 from megamem.models.config import ModelConfig, MoEConfig
 from megamem_checkpoints.hf.configure import hf_config
-from megamem_checkpoints.hf.export import export, export_checkpoint
+from megamem_checkpoints.hf.export import export_checkpoint
 from megamem_checkpoints.hf.mapping import check_complete, map_names
 from megamem_checkpoints.hf.remote_code.modeling_megamem import MegamemForCausalLM
+from megamem_checkpoints.hf.verify import check_files
 from megamem_launch.verbs import export as export_verb
 from megamem_launch.verbs import generate as generate_verb
 
@@ -65,7 +68,8 @@ class StandIn:
         clusters |= {
             f"level{i + 1}.centroids": torch.randn(3**i, 3, 4, generator=generator) for i in range(3)
         }  # deeper than the bank
-        save_file(clusters, folder / "clusters.safetensors", {"encoder": ""})
+        digest = hashlib.sha256(tokenizer_model()).hexdigest()
+        save_file(clusters, folder / "clusters.safetensors", {"encoder": "", "tokenizer_sha256": digest})
         router = "sigmoid_bias" if sigmoid else "softmax_aux_loss"
         model = ModelConfig(
             num_layers=3,
@@ -94,6 +98,7 @@ class StandIn:
                 "optimizer": {"lr": 1e-3, "schedule": "cosine"},
             },
             "eos_id": 1,
+            "tokenizer_sha256": digest,
             "tokens_seen": 3584,
             "final_losses": {"last": 5.25},
         }
@@ -292,9 +297,62 @@ def test_tensors_and_configuration_must_agree(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_tokenizer_and_cluster_tree_must_be_those_of_the_run(tmp_path: Path) -> None:
+    source, out = StandIn(tmp_path / "data"), tmp_path / "out"
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "data", other)
+    (other / "tokenizer.model").write_bytes(tokenizer_model() + b"\x92\x03\x00")  # parses, with the same pieces
+    with pytest.raises(ExportError, match=r"other/tokenizer\.model is not the tokenizer that the run was trained with"):
+        export_checkpoint(source, out, tokenizer_model=other / "tokenizer.model")
+    with pytest.raises(ExportError, match=r"none\.model cannot be read .* --data"):
+        export_checkpoint(source, out, tokenizer_model=tmp_path / "none.model")
+    tree = load_file(other / "clusters.safetensors")
+    save_file(tree, other / "clusters.safetensors", {"encoder": "", "tokenizer_sha256": "0" * 64})
+    with pytest.raises(ExportError, match=r"other/clusters\.safetensors is no cluster tree of the run's tokenizer"):
+        export_checkpoint(source, out, clusters=other / "clusters.safetensors")
+    assert not out.exists()
+
+
+def test_neighbours_of_the_target_are_left_alone_and_the_target_may_be_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, here = StandIn(tmp_path / "data"), tmp_path / "out"
+    here.mkdir()
+    for name in ("out.tmp", "out.old.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("years of work", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    export_checkpoint(source, Path("data/../out"), verify=False)
+    export_checkpoint(source, Path("out"), verify=False, overwrite=True)
+    assert (tmp_path / "out.tmp" / "thesis.tex").exists() and (tmp_path / "out.old.tmp" / "thesis.tex").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out", "out.old.tmp", "out.tmp"]
+
+
+def test_generate_notices_damaged_weights_and_foreign_models(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_checkpoint(StandIn(tmp_path / "data"), out, verify=False)
+    (out / "README.md").write_text("edited", encoding="utf-8")
+    check_files(out)
+    weights = out / "model.safetensors"
+    good = weights.read_bytes()
+    for bad in (good[:-1], good[:-1] + bytes([good[-1] ^ 1])):
+        weights.write_bytes(bad)
+        with pytest.raises(ExportError, match=r"model\.safetensors is not what was exported; export the run again"):
+            generate_verb.main([str(out), "text"])
+    weights.unlink()
+    with pytest.raises(ExportError, match=r"model\.safetensors cannot be read"):
+        generate_verb.main([str(out), "text"])
+    weights.write_bytes(good)
+    (out / "export.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ExportError, match="is damaged"):
+        generate_verb.main([str(out), "text"])
+    (out / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    (out / "export.json").unlink()
+    with pytest.raises(ExportError, match="holds a gpt2 model"):
+        generate_verb.main([str(out), "text"])
+
+
 def test_a_directory_without_a_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no checkpoint"):
-        export(tmp_path, tmp_path / "out")
     with pytest.raises(CheckpointError, match="has no checkpoint"):
         export_verb.main([str(tmp_path), str(tmp_path / "out")])
 

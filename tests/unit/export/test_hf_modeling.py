@@ -144,6 +144,18 @@ def test_generation_with_and_without_a_cache_is_the_same(options: dict[str, obje
     assert torch.equal(model.generate(padded, attention_mask=mask, **settings, **options)[:, 3:], expected)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@torch.no_grad()
+def test_packed_documents_are_apart_where_positions_start_again(implementation: str) -> None:
+    model, ids = build("engram"), prompts()[:1]
+    model.set_attn_implementation(implementation)
+    expected = torch.cat([model(ids[:, :10]).logits, model(ids[:, 10:]).logits], dim=1)
+    positions = torch.cat([torch.arange(10), torch.arange(13)])[None]
+    found = model(ids, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    assert not torch.allclose(model(ids).logits[:, 10:], expected[:, 10:], atol=1e-3)
+
+
 @torch.no_grad()
 def test_memory_does_not_look_into_the_previous_document() -> None:
     model, ids = build("engram"), prompts()

@@ -421,6 +421,11 @@ MISFITS = {
     "stages": (small(num_layers=3), Layout(2, pp=2), "num_layers=3"),
     "heads": (small(hidden_size=30, num_attention_heads=3, num_query_groups=1), TP2, "num_attention_heads=3"),
     "query-groups": (small(num_attention_heads=6, num_query_groups=3), TP2, "num_query_groups=3"),
+    "projection": (
+        small(num_attention_heads=8, num_query_groups=1, kv_channels=6),
+        Layout(8, tp=8),
+        "60 wide together",
+    ),
     "vocabulary": (small(vocab_size=49, make_vocab_size_divisible_by=1), TP2, "make_vocab_size_divisible_by"),
     "ffn": (small(ffn_hidden_size=41), TP2, "model.ffn_hidden_size=41"),
     "expert-ffn": (small(moe=MoEConfig(**MOE | {"ffn_hidden_size": 21})), TP2, "moe.ffn_hidden_size=21"),
@@ -443,9 +448,7 @@ def test_a_model_without_vocabulary_is_not_built(groups: Groups) -> None:
 
 
 def test_memories_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"memory.engram.layers names layer 2, which no pipeline stage holds"
-    ):
+    with pytest.raises(ConfigError, match=r"memory.engram.layers names layer 2, which no pipeline stage holds"):
         memory = MemoryConfig(engram=EngramConfig(layers=[0, 2]))
         check_model(small(), memory, Layout(), seq_length=32, sequence_parallel=False)
     with pytest.raises(ConfigError, match=r"memory.bank.layers names layer -1"):

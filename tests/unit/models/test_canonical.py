@@ -11,9 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megamem.errors import CheckpointError
 from megamem.memory.config import BankConfig, EngramConfig, MemoryConfig
-from megamem.models.canonical import CanonicalEntry, canonical_entries, gather, global_shape, load_canonical, shard
+from megamem.models.canonical import CanonicalEntry, canonical_entries, gather, global_shape, shard
 from megamem.models.config import ModelConfig, MoEConfig
 from megamem.models.gpt import build_model
 from megamem.parallel.groups import Groups, destroy, init_distributed, initialize
@@ -173,18 +172,3 @@ def test_shards_of_an_entry(groups: Groups) -> None:
         assert global_shape(entry, second) == (4, 6)
         assert torch.equal(shard(entry, full, second), expected)
     assert gather(entry, full, groups) is full
-
-
-def test_load_canonical(groups: Groups) -> None:
-    gpt = build(groups)
-    tensors = {name: torch.randn(shape) for name, shape in SHAPES.items()}
-    load_canonical(gpt, tensors, groups)
-    assert all(torch.equal(e.local, tensors[e.name]) for e in canonical_entries(gpt, groups))
-
-    incomplete = {name: -value for name, value in tensors.items() if name != "decoder.final_layernorm.weight"}
-    with pytest.raises(CheckpointError, match=r"decoder.final_layernorm.weight is missing"):
-        load_canonical(gpt, incomplete, groups)
-    misshapen = incomplete | {"decoder.final_layernorm.weight": torch.zeros(25)}
-    with pytest.raises(CheckpointError, match=r"final_layernorm.weight has shape \[25\] but the model needs \[24\]"):
-        load_canonical(gpt, misshapen, groups)
-    assert all(torch.equal(e.local, tensors[e.name]) for e in canonical_entries(gpt, groups))

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import signal
 
 import numpy as np
 import pytest
@@ -96,6 +98,27 @@ def test_a_later_incarnation_overtakes_measurements_and_keeps_events(tmp_path):
         ("start", 3),
     ]
     assert not [e for e in entries if e["kind"] == "eval"]
+
+
+def test_a_full_disk_loses_entries_and_neither_raises_nor_garbles(tmp_path, caplog):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.write("step", 0, loss=1.0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))  # takes ten bytes of the next entry
+    try:
+        lost = [journal.write("step", step, loss=1.0) for step in (1, 2)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    journal.write("step", 3, loss=1.0)
+    journal.close()
+    assert [entry["step"] for entry in lost] == [1, 2]
+    assert [entry["step"] for entry in read_journal(path)] == [0, 3]
+    assert [r.message for r in caplog.records if "measurements are lost until it can" in r.message] == [
+        f"{path} cannot be written ([Errno 27] File too large): measurements are lost until it can"
+    ]
 
 
 @pytest.mark.parametrize("line", [b"\x00\x00\x00", b"[1]", b'{"kind":"step"}', b"12"])

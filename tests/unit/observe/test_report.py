@@ -171,6 +171,12 @@ def test_empty_sections_are_left_out(tmp_path):
         build_report(tmp_path / "nowhere")
 
 
+def test_a_report_that_cannot_be_written_is_one_sentence(run_dir):
+    (run_dir / "report.html.tmp").mkdir()
+    with pytest.raises(DataError, match=r"report\.html cannot be written \(Is a directory\)"):
+        build_report(run_dir)
+
+
 def test_gates_must_match_their_tokens(tmp_path):
     Journal(tmp_path / "journal.jsonl").write("gates", 1, tokens=["a", "b"], layers=[0], gates=[[0.5]])
     with pytest.raises(DataError, match="2 tokens but 1 gates of layer 0"):

@@ -85,6 +85,15 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(run_dir):
     assert _run(run_dir).info.run_id != first.info.run_id
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_does_not_stay_running(run_dir):
+    _tracker(run_dir).finish("FINISHED", timeout=_PATIENCE)
+    first = _run(run_dir).info.run_id
+    _client(run_dir).update_run(first, status="RUNNING")  # as a SIGKILL leaves it
+    _tracker(run_dir).finish("FINISHED", timeout=_PATIENCE)
+    assert _run(run_dir).info.run_id != first
+    assert _client(run_dir).get_run(first).info.status == "KILLED"
+
+
 def test_replay_sends_what_was_missed_and_only_that(run_dir):
     journal = Journal(run_dir / "journal.jsonl")
     journal.start(0)

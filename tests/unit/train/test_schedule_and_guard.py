@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from megamem.errors import MegamemError
+from megamem.errors import ConfigError, MegamemError
 from megamem.train.config import OptimizerConfig, TrainConfig
 from megamem.train.guard import LossGuard
 from megamem.train.schedule import learning_rate
@@ -35,6 +35,17 @@ def test_wsd_is_flat_and_then_decays_linearly_to_the_floor() -> None:
     assert rates[2:8] == [1.0] * 6
     assert rates[8:] == pytest.approx([0.75, 0.5, 0.25, 0.0])
     assert learning_rate(OptimizerConfig(lr=1.0, schedule="wsd", warmup_steps=0), 89, 100) == 1.0
+
+
+def test_wsd_without_a_stable_part_still_starts_at_the_peak() -> None:
+    config = OptimizerConfig(lr=1.0, min_lr_ratio=0.0, warmup_steps=96, schedule="wsd")
+    assert [learning_rate(config, s, 100) for s in range(95, 100)] == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+def test_cosine_that_ends_within_the_warm_up_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"decay_steps is 10, .* within warmup_steps=10"):
+        OptimizerConfig(schedule="cosine", warmup_steps=10, decay_steps=10)
+    OptimizerConfig(schedule="wsd", warmup_steps=10, decay_steps=10)
 
 
 def test_guard_refuses_what_is_not_finite() -> None:

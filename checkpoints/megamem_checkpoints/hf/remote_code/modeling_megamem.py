@@ -499,7 +499,11 @@ class MegamemModel(MegamemPreTrainedModel):
 
 
 class MegamemForCausalLM(MegamemPreTrainedModel, GenerationMixin):
-    """Language model; ``generate`` hands ``memory_paths`` on to every step."""
+    """Language model; ``generate`` hands ``memory_paths`` on to every step.
+
+    A sequence is one document. Engram starts afresh after every end-of-document token; attention is kept apart where
+    ``position_ids`` start again, as in training, for packed documents without a cache and without an attention mask.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
