@@ -32,13 +32,13 @@ from megamem_data.prepared import PreparedData
 from megamem_launch.config import RunConfig, load_config
 
 
-def open_data(config: RunConfig) -> PreparedData:
-    """The prepared data of a run, checked against its checksums (each rank reads its share of the files) and against
-    the configuration; fills ``model.vocab_size`` where it is 0."""
+def open_data(config: RunConfig, *, verify: bool = True) -> PreparedData:
+    """The prepared data of a run, checked against the configuration and, with ``verify``, against its checksums (each
+    rank reads its share of the files); fills ``model.vocab_size`` where it is 0."""
     if not config.data.path:
         raise ConfigError("data.path is empty; set the directory that `megamem data prepare` wrote")
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    data = PreparedData.open(Path(config.data.path), verify=True, rank=rank, ranks=ranks)
+    data = PreparedData.open(Path(config.data.path), verify=verify, rank=rank, ranks=ranks)
     model = config.model
     if not model.vocab_size:
         model.vocab_size = data.vocab_size

@@ -166,12 +166,22 @@ def _finish(parts: Parts, trainer: Trainer, observer: RunObserver, rank: int) ->
         observer.record("gates", step, **gates)
     write_summary(parts, trainer)
     if rank == 0:
-        from megamem.observe.report import build_report
+        _write_report(parts.config.run_dir, observer)
 
-        report = build_report(parts.config.run_dir)
-        for path in (report, parts.config.run_dir / "summary.json", parts.config.run_dir / "config.yaml"):
-            observer.artifact(path)
-        print(f"report: {report}")
+
+def _write_report(run_dir: Path, observer: RunObserver) -> None:
+    """The report is made of what the journal has: a run whose weights are saved does not fail for want of it."""
+    from megamem.observe.report import build_report
+
+    for name in ("summary.json", "config.yaml"):
+        observer.artifact(run_dir / name)
+    try:
+        report = build_report(run_dir)
+    except MegamemError as error:
+        print(f"no report was written: {error}", file=sys.stderr)
+        return
+    observer.artifact(report)
+    print(f"report: {report}")
 
 
 def main() -> int:
