@@ -96,8 +96,9 @@ def update_cases(arguments: Arguments, generator: np.random.Generator) -> list[C
     step = [0]
 
     def working_set_step(update: Callable[[torch.Tensor], None]) -> None:
-        working_set = table.index_select(0, unique).requires_grad_()
-        torch.nn.functional.embedding(inverse, working_set).backward(gradient)
+        mine, where = torch.unique(ids, return_inverse=True)
+        working_set = table.index_select(0, mine).requires_grad_()
+        torch.nn.functional.embedding(where, working_set).backward(gradient)
         assert working_set.grad is not None
         update(working_set.grad)
 
@@ -119,7 +120,7 @@ def update_cases(arguments: Arguments, generator: np.random.Generator) -> list[C
     shape = f"{rows / 1e6:g}M x {width}, {arguments.lookups} Zipf ids, {len(unique)} unique"
     return [
         Case(
-            f"fetch + backward + update, {shape}",
+            f"plan + fetch + backward + update, {shape}",
             {
                 "working set + lazy Adam": lambda: working_set_step(adam),
                 "working set + row-wise Adagrad": lambda: working_set_step(adagrad),
