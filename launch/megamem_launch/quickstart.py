@@ -161,7 +161,7 @@ def _screen(
     if config.tracking.mlflow:
         uri = config.tracking.uri or f"sqlite:///{config.runs_dir}/mlflow.db"
         row("MLflow", f"mlflow ui --backend-store-uri {uri}")
-    row("everything took", f"{seconds / 60:.1f} min")
+    row("this command took", f"{seconds / 60:.1f} min")
     console.print(Panel(table, title="megamem quickstart", expand=False))
     console.print(Panel(text.strip("\n"), title="written by the exported model", expand=False), markup=False)
 

@@ -177,7 +177,12 @@ def _charts(entries: list[Entry]) -> list[Chart]:
             True,
         ),
         ("Unique rows per lookup", _lines(steps, {"unique rows": "unique_ratio"}), False),
-        ("Bytes received by the exchange", _lines(steps, {"bytes per step": "bytes_received"}), True),
+        # One process exchanges nothing with itself.
+        (
+            "Bytes received by the exchange",
+            _lines([s for s in steps if s.get("bytes_received")], {"bytes per step": "bytes_received"}),
+            True,
+        ),
         ("Memory (GiB)", _lines(steps, {"memory": "memory_bytes"}, scale=2.0**-30), True),
     ]
     charts = []
