@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 
-_APEX = "Transformer Engine and Apex are not installed"
+_ABSENT = ("Transformer Engine and Apex are not installed", "Apex is not installed")
 
 
 def silence_libraries() -> None:
@@ -16,7 +16,6 @@ def silence_libraries() -> None:
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    mine = f"ignore:{_APEX}:UserWarning"
     others = os.environ.get("PYTHONWARNINGS", "")
-    if mine not in others:
-        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [others, mine]))
+    mine = [filter_ for text in _ABSENT if (filter_ := f"ignore:{text}:UserWarning") not in others]
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [others, *mine]))

@@ -18,7 +18,7 @@ def train(overrides: list[str], data_path: str) -> tuple[list[tuple[float, ...]]
     """What every step measured, the state after the last one, and the number of evaluations."""
     from megamem.parallel import groups as parallel_groups
     from megamem_launch.compose import build_parts, open_data
-    from megamem_launch.pretrain import make_trainer
+    from megamem_launch.run import make_trainer
     from megamem_launch.validate import validate
 
     config = load_config(None, [*OVERRIDES, *overrides, f"data.path={data_path}"])

@@ -66,7 +66,7 @@ def train(overrides: list[str], data_path: str) -> tuple[list[float], list[float
     """Losses and gradient norms of all steps, and this rank's rows of every table."""
     from megamem.parallel import groups as parallel_groups
     from megamem_launch.compose import build_parts, open_data
-    from megamem_launch.pretrain import make_trainer
+    from megamem_launch.run import make_trainer
     from megamem_launch.validate import validate
 
     config = load_config(None, [*COMMON, *overrides, f"data.path={data_path}"])

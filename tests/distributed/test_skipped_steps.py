@@ -28,7 +28,7 @@ def poisoned_run(
     the optimizers of rows and dense parameters have counted."""
     from megamem.parallel import groups as parallel_groups
     from megamem_launch.compose import build_parts, open_data
-    from megamem_launch.pretrain import make_trainer
+    from megamem_launch.run import make_trainer
     from megamem_launch.validate import validate
 
     config = load_config(None, [*OVERRIDES, *overrides, f"data.path={data_path}"])

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if "WORLD_SIZE" not in os.environ and config.parallel.nproc > 1:
         return _torchrun(config, [arguments.config, *arguments.overrides])
-    from megamem_launch.pretrain import pretrain
+    from megamem_launch.run import pretrain
 
     pretrain(config)
     return 0

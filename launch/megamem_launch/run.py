@@ -1,0 +1,183 @@
+"""One rank of a training run, from its configuration to its report."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megamem.errors import ConfigError, MegamemError
+from megamem.parallel import groups as parallel_groups
+from megamem.train.step import StepRunner
+from megamem.train.trainer import Observer, Progress, Trainer
+from megamem_checkpoints.files import writer_lock
+from megamem_launch.compose import (
+    Parts,
+    build_parts,
+    check_ranks_agree,
+    check_start,
+    checkpoint_meta,
+    initial_checkpoint,
+    open_data,
+)
+from megamem_launch.config import RunConfig, save_config
+from megamem_launch.observer import RunObserver
+from megamem_launch.summary import gate_sample, table_usage, write_summary
+from megamem_launch.validate import validate
+
+
+def pretrain(config: RunConfig) -> Path:
+    """Train, or go on where the run stopped, on this rank; returns the directory of the run.
+
+    Everything that a user can get wrong is checked before the process group exists. Errors are MegamemError subclasses.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    layout = validate(config, int(os.environ.get("WORLD_SIZE", "1")))
+    data = open_data(config)
+    check_start(config)
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            config.run_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(writer_lock(config.run_dir, doing="training"))
+        parallel_groups.init_distributed()
+        try:
+            _train(build_parts(config, data, parallel_groups.initialize(layout, seed=config.train.seed)), rank)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise ConfigError(
+                f"rank {rank} ran out of memory ({str(error).partition(chr(10))[0]}); lower train.micro_batch_size, "
+                "data.seq_length or the sizes of model and memory, or raise the sizes of parallel"
+            ) from error
+        finally:
+            parallel_groups.destroy()
+            dist.destroy_process_group()
+    return config.run_dir
+
+
+def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _train(parts: Parts, rank: int) -> None:
+    config = parts.config
+    check_ranks_agree(parts)
+    progress, guard_state = _restore(parts)
+    if progress.step >= config.train.steps and (config.run_dir / "summary.json").exists():
+        if rank == 0:
+            print(
+                f"{config.run_dir} has already trained {progress.step} of train.steps={config.train.steps} steps; "
+                "raise train.steps to go on"
+            )
+        return
+    if rank == 0:
+        save_config(config, config.run_dir / "config.yaml")
+    observer = RunObserver(config, rank=rank, steps_done=progress.step)
+
+    def save(step: int) -> None:
+        path = parts.checkpointer.save(
+            step,
+            entries=parts.entries,
+            state_of=parts.zero.full_state,
+            tables=parts.memory.tables,
+            meta=checkpoint_meta(parts, asdict(trainer.progress), trainer.guard.state_dict()),
+        )
+        observer.event("checkpoint", step, f"checkpoint of step {step} in {path}")
+
+    trainer = make_trainer(parts, observer, save, progress)
+    if guard_state is not None:
+        trainer.guard.load_state_dict(guard_state)
+    try:
+        trainer.run()
+        _finish(parts, trainer, observer, rank)
+    except BaseException:
+        observer.finish("FAILED", trainer.progress.step)
+        raise
+    finally:
+        parts.loader.close()
+        if parts.validation is not None:
+            parts.validation.close()
+        parts.memory.close()
+    observer.finish("FINISHED", trainer.progress.step)
+
+
+def make_trainer(
+    parts: Parts, observer: Observer, save: Callable[[int], None], progress: Progress | None = None
+) -> Trainer:
+    """The training loop over ``parts``; ``save(step)`` writes a checkpoint."""
+    config = parts.config
+    return Trainer(
+        config=config.train,
+        optimizer=config.optimizer,
+        groups=parts.groups,
+        model=parts.model,
+        zero=parts.zero,
+        memory=parts.memory,
+        runner=StepRunner(
+            parts.zero.module,
+            parts.groups,
+            seq_length=config.data.seq_length,
+            micro_batch_size=config.train.micro_batch_size,
+        ),
+        loader=parts.loader,
+        validation=parts.validation,
+        observer=observer,
+        save=save,
+        checkpoint_interval=config.checkpoint.interval,
+        progress=progress or Progress(),
+    )
+
+
+def _restore(parts: Parts) -> tuple[Progress, dict[str, Any] | None]:
+    """Load the checkpoint that the run starts from, if any."""
+    path, resume = initial_checkpoint(parts.config)
+    parts.checkpointer.agree(path)
+    if path is None:
+        return Progress(), None
+    loaded = parts.checkpointer.load(
+        path,
+        entries=parts.entries,
+        put_state=parts.zero.load_full_state,
+        tables=parts.memory.tables,
+        optimizer_state=resume,
+    )
+    if not resume:
+        return Progress(), None
+    meta = loaded["meta"]
+    parts.loader.load_state_dict(meta["data"])
+    parts.zero.load_state_dict(meta["optimizer"])
+    return Progress(**meta["progress"]), meta["guard"]
+
+
+def _finish(parts: Parts, trainer: Trainer, observer: RunObserver, rank: int) -> None:
+    """Closing measurements: table usage, gates over a text sample, ``summary.json``, report."""
+    step = trainer.progress.step
+    observer.record("tables", step, usage=table_usage(parts))
+    gates = gate_sample(parts, trainer.runner)
+    if gates is not None:
+        observer.record("gates", step, **gates)
+    write_summary(parts, trainer)
+    if rank == 0:
+        _write_report(parts.config.run_dir, observer)
+
+
+def _write_report(run_dir: Path, observer: RunObserver) -> None:
+    """The report is made of what the journal has: a run whose weights are saved does not fail for want of it."""
+    from megamem.observe.report import build_report
+
+    for name in ("summary.json", "config.yaml"):
+        observer.artifact(run_dir / name)
+    try:
+        report = build_report(run_dir)
+    except MegamemError as error:
+        print(f"no report was written: {error}", file=sys.stderr)
+        return
+    observer.artifact(report)
+    print(f"report: {report}")
