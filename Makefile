@@ -1,4 +1,5 @@
 # Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+# `make quickstart ARGS=--fresh` forgets the previous quickstart run and begins again.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,13 +20,14 @@ help:
 # Reinstalled only when the declared dependencies change; needs no network afterwards.
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing megamem and its libraries into $(VENV): some minutes, about 2 GB with the CPU build of torch"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $(STAMP)
 
 install: $(STAMP)
 
 quickstart: $(STAMP)
-	$(BIN)/python -m megamem_launch.quickstart
+	$(BIN)/python -m megamem_launch.quickstart $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

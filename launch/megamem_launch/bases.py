@@ -44,7 +44,17 @@ BASES: dict[str, dict[str, Any]] = {
             "engram": {"layers": [1, 4], "orders": [2, 3], "heads": 4, "width": 24, "rows_per_head": 50_000},
             "bank": {"layers": [2, 3, 4, 5], "units": [32, 16], "branching": 8},
         },
-        "data": {"seq_length": 256, "tokenizer": {"vocab_size": 8192}},
+        "data": {"seq_length": 256, "validation_fraction": 0.03, "tokenizer": {"vocab_size": 8192}},
+        "train": {
+            "steps": 400,
+            "global_batch_size": 8,
+            "micro_batch_size": 8,
+            "eval_batches": 8,
+            "eval_interval": 80,
+            "log_interval": 10,
+        },
+        "optimizer": {"lr": 2e-3, "warmup_steps": 20, "schedule": "wsd"},
+        "checkpoint": {"interval": 80},
     },
     # Backbone and memories of the Engram paper's 27B model (arXiv 2601.07372, table 5), with grouped-query attention in
     # place of its latent attention and one residual stream in place of four.

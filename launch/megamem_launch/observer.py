@@ -11,6 +11,7 @@ from megamem.observe.journal import Journal
 from megamem.observe.progress import Progress
 from megamem.observe.tracking import Tracker, flatten
 from megamem_launch.config import RunConfig
+from megamem_launch.summary import environment
 
 
 class RunObserver:
@@ -27,12 +28,13 @@ class RunObserver:
         if not self._active:
             return
         run_dir = config.run_dir
-        self._log_interval = config.train.log_interval
+        self._log_interval, self._last_step = config.train.log_interval, config.train.steps
         self._journal = Journal(run_dir / "journal.jsonl")
         self._progress = Progress(config.train.steps, enabled=True, log_interval=config.train.log_interval)
         self._progress.__enter__()
         self._tracker = Tracker(config.tracking, runs_dir=Path(config.runs_dir), run_dir=run_dir, run_name=config.name)
-        self._tracker.start(flatten(to_dict(config)), run_dir / "config.yaml", resume=steps_done > 0)
+        params = {**flatten(to_dict(config)), **flatten({"environment": environment(config)})}
+        self._tracker.start(params, run_dir / "config.yaml", resume=steps_done > 0)
         self._journal.start(steps_done + 1 if steps_done else 0, steps_done=steps_done)
         if steps_done:
             self._progress.event(f"resumed after step {steps_done}")
@@ -42,7 +44,7 @@ class RunObserver:
         if not self._active:
             return
         entry = self._journal.write("step", step, **metrics)
-        if step % self._log_interval == 0:
+        if step % self._log_interval == 0 or step == self._last_step:
             self._tracker.record(entry)
         self._progress.update(step, metrics)
 

@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import tyro
 from rich.console import Console
 from rich.panel import Panel
@@ -24,6 +24,7 @@ from rich.table import Table
 
 from megamem.errors import MegamemError
 from megamem.observe.journal import read_journal
+from megamem.observe.tracking import tracking_uri
 from megamem_launch.config import RunConfig, load_config
 
 console = Console()
@@ -66,36 +67,37 @@ def quickstart(arguments: Arguments) -> dict[str, Any]:
     settings = [arguments.config, *arguments.overrides]
     _title("1/5  prepare text, tokenizer, shards and document clusters")
     _megamem("data", "prepare", *settings)
-    kill_step = _train(config, settings)
+    repeated = _train(config, settings)
     _title("4/5  export to Hugging Face format")
     _megamem("export", str(run_dir), str(export), "--overwrite")
     _title("5/5  generate from the export")
     sampling = ["--max-new-tokens", str(arguments.new_tokens), "--temperature", "0.7"]
     text = _megamem("generate", str(export), arguments.prompt, *sampling, capture=True)
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    _screen(config, summary, export, text, kill_step, time.monotonic() - began)
+    _screen(config, summary, export, text, repeated, time.monotonic() - began)
     return summary
 
 
-def _train(config: RunConfig, settings: list[str]) -> int | None:
-    """Train, killing the process once after its first checkpoint; the step of the kill, None where nothing was left to do."""
-    _title("2/5  train, and kill the process")
-    done = _steps_done(config.run_dir)
-    killed = None
-    interval = config.checkpoint.interval
+def _train(config: RunConfig, settings: list[str]) -> str:
+    """Train, killing the process once after its first checkpoint; says how the kill and the resume went."""
+    done, interval = _steps_done(config.run_dir), config.checkpoint.interval
+    if done >= config.train.steps and (config.run_dir / "summary.json").exists():
+        _title(f"2/5 and 3/5  skipped: {config.run_dir} is trained already (--fresh begins again)")
+        return ""
     if interval and done + interval + 1 < config.train.steps:
-        killed = _kill_after(config, settings, done)
-    _title("3/5  resume from the last checkpoint")
+        _title("2/5  train, and kill the process")
+        _kill_after(config, settings, done)
+    _title("3/5  go on from the last checkpoint")
     _megamem("train", *settings)
-    return killed
+    return _repeated_steps(config.run_dir)
 
 
-def _kill_after(config: RunConfig, settings: list[str], done: int) -> int:
+def _kill_after(config: RunConfig, settings: list[str], done: int) -> None:
     """Start training and SIGKILL it at a random step between the next checkpoint and the one after."""
     interval = config.checkpoint.interval
     first = done + interval
     target = random.randint(first + 1, min(first + interval, config.train.steps - 1))
-    process = subprocess.Popen(_command("train", *settings), start_new_session=True)
+    process = subprocess.Popen(_command("train", *settings))
     try:
         while process.poll() is None and _steps_done(config.run_dir) < target:
             time.sleep(0.2)
@@ -104,12 +106,31 @@ def _kill_after(config: RunConfig, settings: list[str], done: int) -> int:
                 f"training ended by itself with exit code {process.returncode} before it could be killed"
             )
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    step = _steps_done(config.run_dir)
-    console.print(f"\n[bold red]killed[/] (SIGKILL) during step {step + 1}")
-    return step
+        kill_family(process)
+    console.print(f"\n[bold red]killed[/] (SIGKILL) during step {_steps_done(config.run_dir) + 1}")
+
+
+def kill_family(process: subprocess.Popen[Any]) -> None:
+    """SIGKILL a process and all its descendants; ranks that torchrun started have sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        for member in [*parent.children(recursive=True), parent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+    process.wait()
+
+
+def _repeated_steps(run_dir: Path) -> str:
+    """What the journal says about steps that a kill made the run do twice; empty where there are none."""
+    losses: dict[int, list[float]] = {}
+    for entry in read_journal(run_dir / "journal.jsonl", overtaken=True):
+        if entry["kind"] == "step":
+            losses.setdefault(entry["step"], []).append(entry["loss"])
+    twice = {step: values for step, values in losses.items() if len(values) > 1}
+    if not twice:
+        return ""
+    same = sum(len(set(values)) == 1 for values in twice.values())
+    return f"killed after step {max(twice)}, resumed after step {min(twice) - 1}; {same} of {len(twice)} repeated losses identical"
 
 
 def _steps_done(run_dir: Path) -> int:
@@ -134,9 +155,7 @@ def _title(text: str) -> None:
     console.rule(f"[bold]{text}", align="left")
 
 
-def _screen(
-    config: RunConfig, summary: dict[str, Any], export: Path, text: str, kill_step: int | None, seconds: float
-) -> None:
+def _screen(config: RunConfig, summary: dict[str, Any], export: Path, text: str, repeated: str, seconds: float) -> None:
     losses, parameters = summary["validation_loss"], summary["parameters"]
     table = Table.grid(padding=(0, 3))
     table.add_column(style="dim")
@@ -151,18 +170,18 @@ def _screen(
         row("the same with memory blocked", f"{losses['last_blocked']:.4f}")
     row("parameters", ", ".join(f"{kind} {parameters[kind] / 1e6:.2f} M" for kind in ("dense", "experts", "tables")))
     row("training", f"{summary['steps']} steps, {summary['tokens_seen'] / 1e6:.2f} M tokens")
-    if kill_step is not None:
-        row("killed and resumed", f"SIGKILL after step {kill_step}")
+    if repeated:
+        row("SIGKILL", repeated)
     row("throughput (median)", f"{summary['tokens_per_second']:,.0f} tokens/s on {summary['device']}")
     if "unique_row_ratio" in summary:
         row("unique rows per lookup", f"{summary['unique_row_ratio']:.3f}")
     row("Hugging Face export", str(export))
     row("report", str(config.run_dir / "report.html"))
-    if config.tracking.mlflow:
-        uri = config.tracking.uri or f"sqlite:///{config.runs_dir}/mlflow.db"
-        row("MLflow", f"mlflow ui --backend-store-uri {uri}")
     row("this command took", f"{seconds / 60:.1f} min")
     console.print(Panel(table, title="megamem quickstart", expand=False))
+    if config.tracking.mlflow:
+        uri = tracking_uri(config.tracking, Path(config.runs_dir))
+        print(f"MLflow: {Path(sys.executable).parent / 'mlflow'} ui --backend-store-uri {uri}")
     console.print(Panel(text.strip("\n"), title="written by the exported model", expand=False), markup=False)
 
 

@@ -20,6 +20,7 @@ from megamem.observe.journal import read_journal
 from megamem.train.step import StepRunner
 from megamem.train.trainer import Trainer
 from megamem_launch.compose import Parts, precision_of
+from megamem_launch.config import RunConfig
 
 _GATE_TOKENS = 192  # tokens of the heat-map: about one screen of text
 
@@ -69,10 +70,7 @@ def write_summary(parts: Parts, trainer: Trainer) -> dict[str, Any]:
         "skipped_steps": progress.skipped_steps,
         "validation_loss": dict(progress.evaluations),
         "parameters": count_parameters(parts),
-        "world_size": parts.groups.layout.world_size,
-        "precision": precision_of(config),
-        "device": _device_name(),
-        "versions": {"megamem": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        **environment(config),
     }
     if dist.get_rank() == 0:
         summary.update(_from_journal(config.run_dir / "journal.jsonl"))
@@ -102,6 +100,16 @@ def _from_journal(path: Path) -> dict[str, float]:
     if values("memory_bytes"):
         measured["peak_memory_bytes"] = max(values("memory_bytes"))
     return measured
+
+
+def environment(config: RunConfig) -> dict[str, Any]:
+    """What a run is trained with: ranks, precision, device, versions."""
+    return {
+        "world_size": dist.get_world_size(),
+        "precision": precision_of(config),
+        "device": _device_name(),
+        "versions": {"megamem": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
 
 
 def _device_name() -> str:

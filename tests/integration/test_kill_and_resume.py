@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +13,7 @@ import torch
 
 from megamem.observe.journal import read_journal
 from megamem_checkpoints.reader import CheckpointReader
+from megamem_launch.quickstart import kill_family
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 STEPS, INTERVAL = 16, 4
@@ -51,7 +50,6 @@ def kill_at(step: int, folder: Path, data: Path, extra: list[str]) -> None:
         command(folder, data, extra),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 200
@@ -60,13 +58,7 @@ def kill_at(step: int, folder: Path, data: Path, extra: list[str]) -> None:
             assert time.monotonic() < deadline, "training did not reach the step"
             time.sleep(0.02)
     finally:
-        # Ranks started by torchrun's agent have sessions of their own: kill every descendant.
-        import psutil
-
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for member in family:
-            os.kill(member.pid, signal.SIGKILL)
-        process.wait()
+        kill_family(process)
 
 
 def assert_equal_checkpoints(one: Path, other: Path) -> None:

@@ -51,7 +51,12 @@ def export_tokenizer(model: Path, folder: Path, *, max_length: int) -> Any:
         ) from None
     shutil.copyfile(model, folder / "tokenizer.model")
     tokenizer = AutoTokenizer.from_pretrained(
-        folder, split_special_tokens=True, eos_token=end, pad_token=end, model_max_length=max_length
+        folder,
+        split_special_tokens=True,
+        eos_token=end,
+        pad_token=end,
+        padding_side="left",  # a batch is generated from its last position
+        model_max_length=max_length,
     )
     backend = tokenizer.backend_tokenizer
     if sentencepiece_model_pb2.ModelProto.FromString(content).normalizer_spec.add_dummy_prefix:

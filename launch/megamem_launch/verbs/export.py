@@ -43,7 +43,7 @@ class Arguments:
     overwrite: bool = False
     """Replace an earlier export at OUT."""
     verify: bool = True
-    """Check checksums, and inference after reloading; needs memory for the whole model."""
+    """On by default: check the checksums, and inference after reloading, which needs memory for the whole model."""
 
 
 def main(argv: list[str]) -> int:
@@ -73,8 +73,13 @@ def main(argv: list[str]) -> int:
     size = sum(file["bytes"] for file in report["files"].values())
     parameters = f"{report['parameters']:,} parameters, {report['dtype']}, {size / 1e6:,.1f} MB"
     print(f"{arguments.out}: step {report['step']}, {parameters}")
-    print(f"checked: {', '.join(f'{name} {value}' for name, value in report['checks'].items())}")
+    checks = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in report["checks"].items())
+    print(f"checked: {checks}" if checks else "nothing was checked (--no-verify)")
     return 0
+
+
+def _short(value: object) -> str:
+    return f"{value:.1e}" if isinstance(value, float) else str(value).lower()
 
 
 def _documents(folder: Path, fingerprint: str) -> list[str]:

@@ -102,6 +102,9 @@ def _torchrun(config: RunConfig, arguments: list[str]) -> int:
         )
         return 1
     except SignalException as error:
-        print(f"megamem train: interrupted by signal {error.sigval}", file=sys.stderr)
+        print(
+            f"megamem train: interrupted by signal {error.sigval}; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         return 128 + error.sigval
     return 0
