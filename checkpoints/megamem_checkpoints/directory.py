@@ -9,7 +9,8 @@ import shutil
 from pathlib import Path
 
 from megamem.errors import CheckpointError
-from megamem_checkpoints.files import check_size, fsync, write_text
+from megamem.files import fsync, write_text
+from megamem_checkpoints.files import check_size
 from megamem_checkpoints.manifest import FILE_NAME, Manifest, NewerFormatError, read_manifest
 
 LATEST = "latest"

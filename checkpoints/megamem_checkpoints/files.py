@@ -13,19 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megamem.errors import CheckpointError
+from megamem.files import fsync
 from megamem_checkpoints.manifest import FileRecord
 
 FILE_BYTES = 256 * 2**20
 """Upper bound of one data file: what a rank holds twice for a moment while it writes or reads."""
-
-
-def fsync(path: Path) -> None:
-    """Make the content of a file, or the entries of a directory, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -33,17 +25,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(dict(tensors), path)
     path.chmod(path.parent.stat().st_mode & 0o666)
     fsync(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` atomically and durably."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync(path.parent)
 
 
 def record(path: Path) -> FileRecord:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import megamem
 from megamem.errors import CheckpointError
+from megamem.files import write_text
 from megamem_checkpoints import dense, directory, rng, tables
-from megamem_checkpoints.files import check_size, record, write_text, writer_lock
+from megamem_checkpoints.files import check_size, record, writer_lock
 from megamem_checkpoints.manifest import (
     FILE_NAME,
     FORMAT_VERSION,

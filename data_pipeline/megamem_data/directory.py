@@ -13,8 +13,9 @@ from typing import Any
 
 from megamem.config.base import to_dict
 from megamem.errors import DataError
+from megamem.files import fsync
 from megamem_data.config import DataConfig
-from megamem_data.prepared import MANIFEST, PreparedData, fsync
+from megamem_data.prepared import MANIFEST, PreparedData
 from megamem_data.sources import list_files
 
 _LEVELS = "levels of memory.bank.units"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from megamem.errors import DataError
+from megamem.files import fsync
 from megamem_data.order import held_out
 from megamem_data.packing import TokenStream
 from megamem_data.shards import Shard, ShardInfo, token_dtype
@@ -202,15 +203,6 @@ class PreparedData:
     def _chosen(self, split: Literal["train", "validation"]) -> np.ndarray:
         validation = held_out(self.manifest.documents, self.manifest.validation_fraction, self.manifest.seed)
         return validation if split == "validation" else ~validation
-
-
-def fsync(path: Path) -> None:
-    """Return when a file or directory is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def describe_file(path: Path) -> dict[str, Any]:

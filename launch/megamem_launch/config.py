@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 
 from megamem.config import build, merge, parse_override, to_dict
 from megamem.errors import ConfigError
+from megamem.files import write_text
 from megamem.memory.config import MemoryConfig
 from megamem.models.config import ModelConfig
 from megamem.observe.config import TrackingConfig
@@ -118,10 +118,5 @@ class _StrictLoader(yaml.SafeLoader):
 def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration; :func:`load_config` of the file gives an equal one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write("# Resolved configuration of this run; `megamem train` on this directory rebuilds it.\n")
-        yaml.safe_dump(to_dict(config), file, sort_keys=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    heading = "# Resolved configuration of this run; `megamem train` on this directory rebuilds it.\n"
+    write_text(path, heading + yaml.safe_dump(to_dict(config), sort_keys=False))

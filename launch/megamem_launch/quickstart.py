@@ -57,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def quickstart(arguments: Arguments) -> dict[str, Any]:
-    """The stages in order; returns what the closing screen shows."""
+def quickstart(arguments: Arguments) -> None:
+    """The stages in order, and the closing screen."""
     began = time.monotonic()
     config = load_config(arguments.config, arguments.overrides)
     run_dir, export = config.run_dir, config.run_dir / "huggingface"
@@ -75,7 +75,6 @@ def quickstart(arguments: Arguments) -> dict[str, Any]:
     text = _megamem("generate", str(export), arguments.prompt, *sampling, capture=True)
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     _screen(config, summary, export, text, repeated, time.monotonic() - began)
-    return summary
 
 
 def _train(config: RunConfig, settings: list[str]) -> str:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megamem import __version__
 from megamem.batch import StepBatch
+from megamem.files import write_text
 from megamem.models.engram import Engram
 from megamem.observe.journal import read_journal
 from megamem.train.step import StepRunner
@@ -60,8 +61,8 @@ def table_usage(parts: Parts) -> dict[str, float]:
     return {name: used[name] / max(rows[name], 1) for name in sorted(used)}
 
 
-def write_summary(parts: Parts, trainer: Trainer) -> dict[str, Any]:
-    """Write ``summary.json`` on rank 0 and return its content (on every rank, without what only rank 0 knows)."""
+def write_summary(parts: Parts, trainer: Trainer) -> None:
+    """Write ``summary.json``. Collective over the world; rank 0 writes."""
     config, progress = parts.config, trainer.progress
     summary: dict[str, Any] = {
         "name": config.name,
@@ -74,11 +75,7 @@ def write_summary(parts: Parts, trainer: Trainer) -> dict[str, Any]:
     }
     if dist.get_rank() == 0:
         summary.update(_from_journal(config.run_dir / "journal.jsonl"))
-        path = config.run_dir / "summary.json"
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    return summary
+        write_text(config.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _from_journal(path: Path) -> dict[str, float]:

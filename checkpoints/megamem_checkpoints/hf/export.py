@@ -19,10 +19,11 @@ from torch import Tensor
 
 from megamem.config.base import build
 from megamem.errors import ExportError
+from megamem.files import fsync
 from megamem.memory.config import MemoryConfig
 from megamem.memory.folding import fold_from_sentencepiece
 from megamem.models.config import ModelConfig
-from megamem_checkpoints.files import fsync, record
+from megamem_checkpoints.files import record
 from megamem_checkpoints.hf import remote_code
 from megamem_checkpoints.hf.card import model_card
 from megamem_checkpoints.hf.configure import hf_config

@@ -396,6 +396,8 @@ class MegamemDecoderLayer(GradientCheckpointingLayer):
 
 
 class MegamemPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know to initialise, place and cache the model."""
+
     config_class = MegamemConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
