@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine: `make quickstart` and `make test`.
-# `make quickstart ARGS=--fresh` forgets the previous quickstart run and begins again.
+# `make quickstart ARGS=--fresh` forgets the previous quickstart run and begins again; `make bench ARGS="--only unique"` runs a part.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -45,7 +45,7 @@ test-fast: $(STAMP)
 	$(BIN)/python -m pytest tests/unit
 
 bench: $(STAMP)
-	$(BIN)/python kernels/benchmarks/run.py
+	$(BIN)/python kernels/benchmarks/run.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -50,4 +50,8 @@ class ExportError(MegamemError):
 
 
 class ExchangeError(MegamemError):
-    """Row ids or row counts that arrived from another rank are not what was agreed."""
+    """What arrived from another rank is not what was agreed or not what was sent, or another rank stopped."""
+
+
+class TierError(MegamemError):
+    """A table cannot be kept where it should be: no room, or its file is missing, truncated or not readable."""

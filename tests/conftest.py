@@ -13,6 +13,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_configure() -> None:
+    """Without a CUDA device Triton kernels are interpreted, which Triton decides when megatron-core imports it."""
+    import torch  # only now: it reads the number of threads when it loads
+
+    os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
+
 @pytest.fixture(scope="session")
 def prepared_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared data of ``configs/tiny.yaml``: real text, a two-level cluster tree, a 1024-entry tokenizer."""

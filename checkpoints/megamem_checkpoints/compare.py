@@ -16,20 +16,21 @@ _FREE = {
     "memory.engram.init_std",
     "memory.bank.init_std",
     "memory.bank.generic_probability",
-    "memory.optimizer",
 }
 """Settings that may change between runs of one model: how it is computed, initialised or trained, not what it is."""
 
 
 def compare_models(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """CheckpointError naming the first setting of ``model`` or ``memory`` in which two checkpoint metas differ.
+    """CheckpointError naming the first setting of ``model``, ``memory.engram`` or ``memory.bank`` in which two checkpoint
+    metas differ; where rows are kept and how they are trained may change.
 
     Both are the ``meta`` of :meth:`megamem_checkpoints.checkpointer.Checkpointer.save`, with the resolved
     configuration under ``config``. A setting that only one of them knows (another release wrote it) is left to the
     check of names and shapes.
     """
-    for section in ("model", "memory"):
-        for name, there, here in _differences(saved["config"][section], current["config"][section], section):
+    for section in ("model", "memory.engram", "memory.bank"):
+        parts = _part(saved["config"], section), _part(current["config"], section)
+        for name, there, here in _differences(*parts, section):
             raise CheckpointError(
                 f"the checkpoint is of another model: {name} is {there!r} there and {here!r} in this run; "
                 f"set {name}={there}, or give this run another name and no checkpoint"
@@ -45,6 +46,12 @@ def _differences(saved: Any, current: Any, name: str) -> Iterator[tuple[str, Any
                 yield from _differences(saved[key], current[key], f"{name}.{key}")
     elif _plain(saved) != _plain(current):
         yield name, saved, current
+
+
+def _part(config: Mapping[str, Any], path: str) -> Any:
+    for name in path.split("."):
+        config = config[name]
+    return config
 
 
 def _plain(value: Any) -> Any:

@@ -76,7 +76,8 @@ def load(
             else:
                 tensor.copy_(states[dense.MASTER])
     for name, table in owned.items():
-        ranks.together(partial(tables.restore, path, reader.manifest.tables[name], table, state=optimizer_state))
+        record = reader.manifest.tables[name]
+        ranks.together(partial(tables.restore, path, record, table, state=optimizer_state, label=reader.label))
     return {"step": reader.step, "meta": reader.meta, "rng": _restore_rng(reader, ranks) if optimizer_state else {}}
 
 

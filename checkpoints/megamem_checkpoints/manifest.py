@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megamem.config.base import build
 from megamem.errors import CheckpointError, ConfigError
 
-FORMAT_VERSION = 1
-"""Raised when an older megamem could misread what this one writes."""
+FORMAT_VERSION = 2
+"""Raised when an older megamem could misread what this one writes. Version 1 had fp32 tables in the order of their rows."""
 
 FILE_NAME = "manifest.json"
 
@@ -50,21 +51,32 @@ class StateRecord:
 
 
 @dataclass(kw_only=True, slots=True)
+class PlacementRecord:
+    """Where logical rows lie: ``position = row * multiplier % rows``."""
+
+    name: Literal["contiguous", "scrambled"] = "contiguous"
+    multiplier: int = 1
+
+
+@dataclass(kw_only=True, slots=True)
 class TableRecord:
-    """One memory table and the row ranges it was cut into."""
+    """One memory table and the ranges of positions it was cut into."""
 
     rows: int
     width: int
+    format: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """How rows are stored, see :func:`megamem_kernels.formats.row_fields`."""
+    placement: PlacementRecord = field(default_factory=PlacementRecord)
     state: dict[str, StateRecord]
     files: dict[str, list[int]]
-    """Relative file name to ``[start, stop)`` in logical rows."""
+    """Relative file name to ``[start, stop)`` in positions."""
 
     def ranges(self) -> list[tuple[int, int, str]]:
-        """``(start, stop, file)`` in row order."""
+        """``(start, stop, file)`` in the order of positions."""
         return sorted((start, stop, name) for name, (start, stop) in self.files.items())
 
     def gap(self) -> int | None:
-        """The first row that is stored not exactly once, or None."""
+        """The first position that is stored not exactly once, or None."""
         expected = 0
         for start, stop, _ in self.ranges():
             if start != expected or stop <= start:
@@ -86,6 +98,10 @@ class Manifest:
     files: dict[str, FileRecord]
     dense: dict[str, DenseRecord]
     tables: dict[str, TableRecord]
+
+    def label(self, directory: Path) -> str:
+        """What tells the checkpoint in ``directory`` from any other: disk files of tables are committed under it."""
+        return f"{directory.name}:{_checksum(plain_json(asdict(self)))}"
 
     def dumps(self) -> str:
         """The file's text, with a checksum over everything else in it."""
@@ -119,7 +135,9 @@ def read_manifest(directory: Path) -> Manifest:
         raise _damaged(path, str(error)) from error
     for name, table in manifest.tables.items():
         if (row := table.gap()) is not None:
-            raise _damaged(path, f"row {row} of table {name} is not stored exactly once")
+            raise _damaged(path, f"position {row} of table {name} is not stored exactly once")
+        if math.gcd(table.placement.multiplier, table.rows) != 1:
+            raise _damaged(path, f"the placement of table {name} is no bijection of its {table.rows} rows")
     return manifest
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
 
-from megamem.errors import CheckpointError
+from megamem.errors import CheckpointError, MegamemError
 
 if TYPE_CHECKING:
     from megamem.parallel.groups import Groups
@@ -49,4 +49,4 @@ class Ranks:
 def _sentence(failure: Exception | None) -> str | None:
     if failure is None:
         return None
-    return str(failure) if isinstance(failure, CheckpointError) else f"{type(failure).__name__}: {failure}"
+    return str(failure) if isinstance(failure, MegamemError) else f"{type(failure).__name__}: {failure}"

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,11 @@ class CheckpointReader:
         """What the run handed in: configuration, data state, counters, layout."""
         return self.manifest.meta
 
+    @property
+    def label(self) -> str:
+        """See :meth:`~megamem_checkpoints.manifest.Manifest.label`."""
+        return self.manifest.label(self.path)
+
     def names(self) -> list[str]:
         """Canonical names of the dense tensors, sorted."""
         return sorted(self.manifest.dense)
@@ -54,12 +60,11 @@ class CheckpointReader:
         return {name: (record.rows, record.width) for name, record in self.manifest.tables.items()}
 
     def rows(self, table: str, start: int, stop: int) -> Tensor:
-        """Rows ``[start, stop)`` of a table: ``[stop - start, width]`` fp32."""
+        """Logical rows ``[start, stop)`` of a table: ``[stop - start, width]`` fp32, exactly what its format stores."""
         record = self._table(table)
         if not 0 <= start <= stop <= record.rows:
             raise ValueError(f"rows [{start}, {stop}) of table {table}, which has {record.rows}")
-        parts = [part[tables.ROWS] for _, part in tables.read(self.path, record, start, stop, state=False)]
-        return torch.cat(parts) if parts else torch.empty(0, record.width)
+        return tables.read_rows(self.path, record, np.arange(start, stop))
 
     def verify(self, rank: int = 0, ranks: int = 1) -> None:
         """Check the content of every file, or of one rank's share; CheckpointError naming the first damaged one."""

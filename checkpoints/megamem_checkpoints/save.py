@@ -6,6 +6,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,11 +66,14 @@ def save(
                 stack.callback(shutil.rmtree, temporary, ignore_errors=True)
                 directory.prepare(root, temporary)
 
-        def commit() -> None:
-            if lead:
-                write_text(temporary / FILE_NAME, _manifest(temporary, step, ranks.size, meta, parts).dumps())
-                directory.publish(temporary, final)
-                _prune(root, keep, step)
+        def commit() -> str:
+            if not lead:
+                return ""
+            manifest = _manifest(temporary, step, ranks.size, meta, parts)
+            write_text(temporary / FILE_NAME, manifest.dumps())
+            directory.publish(temporary, final)
+            _prune(root, keep, step)
+            return manifest.label(final)
 
         try:
             ranks.together(begin)
@@ -78,12 +82,13 @@ def save(
             ranks.together(lambda: dense.write(temporary, state_dict, groups))
             files = ranks.together(lambda: _file_records(temporary, ranks.rank, table_records))
             parts: list[Part] = ranks.gather((files, dense_records, table_records))
-            ranks.together(commit)
+            label = ranks.gather(ranks.together(commit))[0]
         except CheckpointError as error:
             raise CheckpointError(
                 f"the checkpoint of step {step} was not written to {root}: {error}; the one before it is untouched: make "
                 "room there and give the same command again"
             ) from error
+    ranks.together(partial(_commit_tables, owned, label))
     return final
 
 
@@ -92,6 +97,11 @@ def _write_local(
 ) -> dict[str, TableRecord]:
     rng.write(temporary / rng.file_name(rank), rng_states)
     return {name: tables.write(temporary, table) for name, table in owned.items()}
+
+
+def _commit_tables(owned: Mapping[str, OwnedTable], label: str) -> None:
+    for table in owned.values():
+        table.commit(label)
 
 
 def _file_records(temporary: Path, rank: int, table_records: Mapping[str, TableRecord]) -> dict[str, FileRecord]:

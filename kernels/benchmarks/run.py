@@ -1,176 +1,165 @@
 """Benchmarks of the memory operations against their peers in the same run: ``make bench``.
 
-Each contender runs in turn, round by round, so a machine whose speed drifts drifts for all of them; the table gives the minimum and
-median of the rounds and the ratio of the medians. Results go to the terminal and to a JSON file.
+Every module beside this one that defines ``cases(options)`` takes part. Prints a table, and writes it as JSON and as a chart. A
+ratio is a peer's time over ours: above 1, ours is faster. A bar must be met by the ratio of the minima and by that of the medians.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import tyro
+from harness import Case, Options, Timing, measure
+from plot import plot_ratios
 from rich.console import Console
 from rich.table import Table
 
-from megamem_kernels.ngram_hash.op import ngram_hash
-from megamem_kernels.ngram_hash.reference import ngram_hash_reference
-from megamem_kernels.row_update import lazy_adam_, rowwise_adagrad_
-from megamem_kernels.segment_sum import segment_sum
+from megamem_kernels.parallel import threads
+
+_LIBRARIES = ("torch", "numpy", "numba", "fbgemm-gpu-cpu")
+_FOLDER = Path(__file__).parent
 
 
-@dataclass
-class Arguments:
-    """Measure the memory operations of megamem."""
+@dataclass(kw_only=True)
+class Arguments(Options):
+    """Measure the memory operations of megamem beside their peers."""
 
-    rounds: int = 7
-    """Counted rounds; the first round before them is not counted."""
-    rows: int = 1_000_000
-    """Rows of the table."""
-    width: int = 64
-    """Width of a row."""
-    lookups: int = 65_536
-    """Row ids of a step, Zipf(1.05) distributed."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("runs/bench/bench.json")
-    """Where the JSON goes."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """An operation, with its contenders by name; the first one is ours, the others are its peers."""
-
-    name: str
-    contenders: dict[str, Callable[[], Any]]
-
-
-def zipf_ids(rows: int, count: int, generator: np.random.Generator) -> torch.Tensor:
-    """``count`` ids below ``rows`` whose frequencies fall as rank^-1.05, scattered over the table."""
-    weights = np.arange(1, rows + 1, dtype=np.float64) ** -1.05
-    ranks = np.searchsorted(np.cumsum(weights) / weights.sum(), generator.random(count)).clip(max=rows - 1)
-    return torch.from_numpy(generator.permutation(rows)[ranks])
-
-
-def hash_case(generator: np.random.Generator) -> Case:
-    """16 rows per token; the reference is a loop in Python, timed on a part of the tokens and scaled."""
-    tokens = generator.integers(0, 32_000, (8, 2048))
-    documents = np.zeros_like(tokens)
-    constants = {
-        "multipliers": np.array([3, 5, 7], dtype=np.int64) * 10**9 + 1,
-        "primes": generator.integers(500_000, 600_000, (2, 8)),
-        "offsets": np.arange(16, dtype=np.int64) * 600_000,
-        "pad_id": 2,
-    }
-    part = (slice(0, 1), slice(0, 256))
-
-    def loop() -> float:
-        began = time.perf_counter()
-        ngram_hash_reference(tokens[part], documents[part], **constants)
-        return (time.perf_counter() - began) * tokens.size / tokens[part].size
-
-    return Case(
-        "n-gram hash, 16k tokens x 16 rows",
-        {"op": lambda: ngram_hash(tokens, documents, **constants), "reference loop (scaled)": loop},
-    )
-
-
-def update_cases(arguments: Arguments, generator: np.random.Generator) -> list[Case]:
-    """Gather, gradient and update of one step, beside ``nn.Embedding(sparse=True)`` with ``SparseAdam``."""
-    rows, width = arguments.rows, arguments.width
-    ids = zipf_ids(rows, arguments.lookups, generator)
-    unique, inverse = torch.unique(ids, return_inverse=True)
-    gradient = torch.from_numpy(generator.standard_normal((len(ids), width), dtype=np.float32))
-    table = torch.zeros(rows, width)
-    first, second = torch.zeros_like(table), torch.zeros_like(table)
-    last, accumulator = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
-    embedding = torch.nn.Embedding(rows, width, sparse=True)
-    sparse_adam = torch.optim.SparseAdam(embedding.parameters(), lr=1e-3)
-    step = [0]
-
-    def working_set_step(update: Callable[[torch.Tensor], None]) -> None:
-        mine, where = torch.unique(ids, return_inverse=True)
-        working_set = table.index_select(0, mine).requires_grad_()
-        torch.nn.functional.embedding(where, working_set).backward(gradient)
-        assert working_set.grad is not None
-        update(working_set.grad)
-
-    def adam(summed: torch.Tensor) -> None:
-        step[0] += 1
-        lazy_adam_(
-            table, first, second, last, unique, summed,
-            lr=1e-3, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.0, step=step[0],
-        )  # fmt: skip
-
-    def adagrad(summed: torch.Tensor) -> None:
-        rowwise_adagrad_(table, accumulator, unique, summed, lr=1e-3, epsilon=1e-8, weight_decay=0.0)
-
-    def peer() -> None:
-        sparse_adam.zero_grad()
-        embedding(ids).backward(gradient)
-        sparse_adam.step()
-
-    shape = f"{rows / 1e6:g}M x {width}, {arguments.lookups} Zipf ids, {len(unique)} unique"
-    return [
-        Case(
-            f"plan + fetch + backward + update, {shape}",
-            {
-                "working set + lazy Adam": lambda: working_set_step(adam),
-                "working set + row-wise Adagrad": lambda: working_set_step(adagrad),
-                "nn.Embedding + SparseAdam": peer,
-            },
-        ),
-        Case(
-            f"sum of {arguments.lookups} row gradients",
-            {
-                "segment_sum": lambda: segment_sum(gradient, inverse, len(unique)),
-                "torch.sparse coalesce": lambda: torch.sparse_coo_tensor(
-                    ids[None], gradient, (rows, width), check_invariants=False
-                ).coalesce(),
-            },
-        ),
-    ]
-
-
-def measure(case: Case, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender in every round; a contender that returns a number has timed itself."""
-    seconds: dict[str, list[float]] = {name: [] for name in case.contenders}
-    for number in range(rounds + 1):
-        for name, run in case.contenders.items():
-            began = time.perf_counter()
-            result = run()
-            taken = result if isinstance(result, float) else time.perf_counter() - began
-            if number:
-                seconds[name].append(taken)
-    return seconds
+    only: list[str] = field(default_factory=list)
+    """Benchmarks to run, by module name; all by default."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("runs/bench")
+    """Directory that gets bench.json and bench.svg."""
 
 
 def main() -> None:
-    """Run every case, print the table, write the JSON."""
+    """Run the benchmarks, print the table, write the files."""
     arguments = tyro.cli(Arguments)
-    generator = np.random.default_rng(0)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, numpy {np.__version__}"
-    table = Table("form", "min ms", "median ms", "median over ours", title=machine, title_justify="left")
+    machine, console = describe_machine(), Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a log has no width that a table must be cut to
+    available = benchmark_names()
+    if unknown := sorted(set(arguments.only) - set(available)):
+        raise SystemExit(f"no benchmark {', '.join(unknown)}; there are {', '.join(available)}")
+    console.print(", ".join(f"{key} {value}" for key, value in machine.items() if value), highlight=False)
     results: list[dict[str, Any]] = []
-    for case in [hash_case(generator), *update_cases(arguments, generator)]:
-        seconds = measure(case, arguments.rounds)
-        ours = statistics.median(next(iter(seconds.values())))
-        table.add_section()
-        table.add_row(f"[bold]{case.name}")
-        for name, values in seconds.items():
-            low, middle = min(values), statistics.median(values)
-            table.add_row(name, f"{low * 1e3:.2f}", f"{middle * 1e3:.2f}", f"{middle / ours:.2f}")
-            results.append({"operation": case.name, "form": name, "seconds": values, "ratio": middle / ours})
-    Console().print(table)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n", encoding="utf-8")
+    for name in arguments.only or available:
+        for case in load_cases(name, arguments):
+            results.append(report(name, case, measure(case, arguments.rounds), judge=not arguments.quick))
+            console.print(table_of(results[-1]))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    body = {"machine": machine, "rounds": arguments.rounds, "quick": arguments.quick, "cases": results}
+    (arguments.out / "bench.json").write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+    plot_ratios(results, arguments.out / "bench.svg")
+    console.print(f"{arguments.out / 'bench.json'}, {arguments.out / 'bench.svg'}", highlight=False)
+
+
+def benchmark_names() -> list[str]:
+    """Modules of this folder that define ``cases``, found without importing them."""
+    names = []
+    for path in sorted(_FOLDER.glob("*.py")):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        if any(isinstance(node, ast.FunctionDef) and node.name == "cases" for node in body):
+            names.append(path.stem)
+    return names
+
+
+def load_cases(name: str, options: Options) -> Iterator[Case]:
+    """The cases of one module, which go out of memory one by one."""
+    cases: list[Case] = importlib.import_module(name).cases(options)
+    while cases:
+        yield cases.pop(0)
+
+
+def report(benchmark: str, case: Case, timings: list[Timing], *, judge: bool = True) -> dict[str, Any]:
+    """What was measured of a case, as JSON: every second, how each contender compares with ours, and with ``judge`` the bars."""
+    ours = timings[0]
+    contenders = []
+    for timing in timings:
+        entry: dict[str, Any] = {"name": timing.contender.name, "note": timing.contender.note}
+        contenders.append(entry)
+        if timing.missing:
+            entry["missing"] = timing.missing
+            continue
+        entry |= {"seconds": timing.seconds, "min": timing.least, "median": timing.median}
+        if case.unit_bytes is not None:
+            entry["gb_per_second"] = case.unit_bytes / timing.least / 1e9
+        if timing is not ours and not ours.missing:
+            entry["ratio_min"] = timing.least / ours.least
+            entry["ratio_median"] = timing.median / ours.median
+            if judge and (bar := case.bars.get(timing.contender.name)) is not None:
+                entry["bar"] = bar
+                entry["met"] = bool(min(entry["ratio_min"], entry["ratio_median"]) >= bar)
+    clock = "CPU seconds" if case.cpu_time else "wall seconds"
+    return {"benchmark": benchmark, "case": case.name, "clock": clock, "contenders": contenders}
+
+
+def table_of(result: dict[str, Any]) -> Table:
+    """One case as a table, the first row ours."""
+    unit = "CPU ms" if result["clock"] == "CPU seconds" else "ms"
+    table = Table(title=f"\n{result['case']}", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("", min_width=34)
+    for heading in (f"min {unit}", f"median {unit}", "GB/s", "ratio of min", "of median", "bar"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", style="dim")
+    for entry in result["contenders"]:
+        if "missing" in entry:
+            table.add_row(entry["name"], *[""] * 6, entry["missing"])
+            continue
+        bar = f"{entry['bar']:g} {'met' if entry['met'] else 'MISSED'}" if "bar" in entry else ""
+        times = (f"{entry[key] * 1e3:.3f}" for key in ("min", "median"))
+        rates = (f"{entry[key]:.2f}" if key in entry else "" for key in ("gb_per_second", "ratio_min", "ratio_median"))
+        table.add_row(entry["name"], *times, *rates, bar, entry["note"])
+    return table
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores, threads, versions and commit; empty where unknown."""
+    versions = {library: _version(library) for library in _LIBRARIES}
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": threads(),
+        "torch threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "python": platform.python_version(),
+        **versions,
+        "commit": _commit(),
+    }
+
+
+def _version(library: str) -> str:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    """Commit of the sources, with a plus sign where they were changed since; empty outside a repository."""
+    command = ["git", "-C", str(_FOLDER), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ import torch.distributed as dist
 from megamem.batch import TokenLoader
 from megamem.config import to_dict
 from megamem.errors import ConfigError
+from megamem.memory.config import MemoryConfig
 from megamem.memory.engine import MemoryEngine
+from megamem.memory.links import create_links
+from megamem.memory.optimizers import build_row_optimizer
 from megamem.memory.streams import Stream, build_streams
 from megamem.models.canonical import CanonicalEntry, canonical_entries
 from megamem.models.gpt import build_model
@@ -29,6 +32,8 @@ from megamem_checkpoints.directory import find_checkpoint, latest
 from megamem_checkpoints.reader import CheckpointReader
 from megamem_data.loader import build_loader
 from megamem_data.prepared import PreparedData
+from megamem_kernels.formats import row_fields
+from megamem_kernels.parallel import set_threads
 from megamem_launch.config import RunConfig, load_config
 
 
@@ -123,13 +128,16 @@ def build_parts(config: RunConfig, data: PreparedData, groups: Groups) -> Parts:
         fold=fold_of(config, data),
         seed=train.seed,
     )
-    check_host_memory(streams, owners=layout.world_size // layout.pp)
+    check_host_memory(config.memory, streams, owners=layout.stage_size)
+    set_threads(config.memory.threads or kernel_threads())
     memory = MemoryEngine(
         streams,
-        optimizer=config.memory.optimizer,
+        memory=config.memory,
         seed=train.seed,
-        group=groups.memory,
+        links=create_links(layout, config.memory, groups.device),
         device=groups.device,
+        disk_root=Path(config.memory.disk.path or config.runs_dir) / config.name / "tiers",
+        resume=resume_label(config),
         tp_rank=place.tp,
         tp_size=layout.tp,
     )
@@ -161,16 +169,34 @@ def build_parts(config: RunConfig, data: PreparedData, groups: Groups) -> Parts:
     )
 
 
-def check_host_memory(streams: Sequence[Stream], *, owners: int) -> None:
-    """ConfigError where the rows of this stage's tables, spread over ``owners``, cannot fit into this machine."""
-    rows = sum(spec.rows * spec.width for stream in streams for spec in stream.tables) * 4 // owners
-    needed = rows * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / 2**30
+def kernel_threads() -> int:
+    """An equal share of the cores that this process may run on for each rank of the node."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def check_host_memory(memory: MemoryConfig, streams: Sequence[Stream], *, owners: int) -> None:
+    """ConfigError where the host share of this stage's tables, spread over ``owners``, cannot fit into this machine."""
+    state = build_row_optimizer(memory.optimizer)
+    total = 0
+    for spec in (spec for stream in streams for spec in stream.tables):
+        storage = memory.storage_of(spec.name)
+        row = sum(field.nbytes for field in row_fields(storage.format, spec.width)) * (storage.tier == "host")
+        row += sum(field.nbytes for field in state.state_fields(spec.width)) * (storage.tier_of_state == "host")
+        total += spec.rows * row
+    needed = total / owners * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / 2**30
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if needed > present:
         raise ConfigError(
-            f"the rows of memory tables take {needed:,.0f} GiB and this machine has {present:,.0f} GiB; lower "
-            "memory.engram.rows_per_head or width, memory.bank.units or branching, or use more machines"
+            f"memory tables and their optimizer state take {needed:,.0f} GiB and this machine has {present:,.0f} GiB; set "
+            "memory.storage.tier=disk or state_tier=disk, lower memory.engram.rows_per_head or width, memory.bank.units or "
+            "branching, or use more machines"
         )
+
+
+def resume_label(config: RunConfig) -> str:
+    """What disk tables of an earlier incarnation must have been committed under to be taken over; empty for none."""
+    path, resume = initial_checkpoint(config)
+    return CheckpointReader(path).label if path is not None and resume else ""
 
 
 def checkpoint_meta(parts: Parts, progress: Mapping[str, Any], guard: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,9 +245,7 @@ def check_same_run(config: RunConfig) -> None:
     if not saved.exists():
         return
     before, now = to_dict(load_config(saved)), to_dict(config)
-    difference = first_difference(
-        {k: before[k] for k in ("model", "memory", "data")}, {k: now[k] for k in ("model", "memory", "data")}
-    )
+    difference = first_difference(_identity(before), _identity(now))
     for path in ("global_batch_size", "seed"):
         if difference is None and before["train"][path] != now["train"][path]:
             difference = (f"train.{path}", before["train"][path], now["train"][path])
@@ -231,6 +255,12 @@ def check_same_run(config: RunConfig) -> None:
             f"{config.run_dir} holds another run ({setting} is {json.dumps(old)} there and {json.dumps(new)} here); "
             "set name to start a new one"
         )
+
+
+def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run this run: where and how its rows are kept and fetched changes no result, and may change."""
+    memory = {name: settings["memory"][name] for name in ("engram", "bank", "optimizer")}
+    return {"model": settings["model"], "memory": memory, "data": settings["data"]}
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:

@@ -90,6 +90,7 @@ def _train(parts: Parts, rank: int) -> None:
             meta=checkpoint_meta(parts, asdict(trainer.progress), trainer.guard.state_dict()),
         )
         observer.event("checkpoint", step, f"checkpoint of step {step} in {path}")
+        _record_access(parts, observer, step, rank)
 
     trainer = make_trainer(parts, observer, save, progress)
     if guard_state is not None:
@@ -131,6 +132,7 @@ def make_trainer(
         observer=observer,
         save=save,
         checkpoint_interval=config.checkpoint.interval,
+        memory_config=config.memory,
         progress=progress or Progress(),
     )
 
@@ -166,6 +168,12 @@ def _finish(parts: Parts, trainer: Trainer, observer: RunObserver, rank: int) ->
     write_summary(parts, trainer)
     if rank == 0:
         _write_report(parts.config.run_dir, observer)
+
+
+def _record_access(parts: Parts, observer: RunObserver, step: int, rank: int) -> None:
+    """How the first rank reads the tables of its stage; the others read like it, from other documents."""
+    if rank == 0 and (streams := parts.memory.access()):
+        observer.record("access", step, rank=rank, streams=streams)
 
 
 def _write_report(run_dir: Path, observer: RunObserver) -> None:

@@ -37,7 +37,7 @@ def count_parameters(parts: Parts) -> dict[str, int]:
         else:
             counts[0] += local / (layout.dp * (1 if entry.tp_dim is not None else layout.tp))
     for table in parts.memory.tables.values():
-        counts[2] += table.rows.numel()
+        counts[2] += (table.stop - table.start) * table.spec.width
     dist.all_reduce(counts)
     dense, experts, tables = (round(x) for x in counts.tolist())
     return {"dense": dense, "experts": experts, "tables": tables, "total": dense + experts + tables}
@@ -46,10 +46,8 @@ def count_parameters(parts: Parts) -> dict[str, int]:
 def table_usage(parts: Parts) -> dict[str, float]:
     """Share of the rows of every table of the model that were ever updated. Collective over the world."""
     local = parts.memory.table_usage()
-    owned = {
-        name: (usage * len(parts.memory.tables[name].rows), len(parts.memory.tables[name].rows))
-        for name, usage in local.items()
-    }
+    counts = {name: table.stop - table.start for name, table in parts.memory.tables.items()}
+    owned = {name: (usage * counts[name], counts[name]) for name, usage in local.items()}
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, owned)
     used: dict[str, float] = {}
@@ -131,8 +129,9 @@ def gate_sample(parts: Parts, runner: StepRunner) -> dict[str, Any] | None:
     for module in modules:
         module.gate_observer = _observer(seen, module.layer, parts.groups.coordinates.tp)
     try:
-        parts.memory.submit(sample, train=False)
-        runner.run(sample, parts.memory.take(sample.step), train=False)
+        memory = parts.memory.take(parts.memory.submit(sample, train=False))
+        runner.run(sample, memory, train=False)
+        parts.memory.release(memory)
     finally:
         for module in modules:
             module.gate_observer = None

@@ -1,18 +1,37 @@
-"""Tables: their description, their initial rows, and the part of them that one rank owns."""
+"""Tables: their description, and the part of them that one rank owns, wherever its tier keeps it."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megamem.memory.config import StorageConfig
+from megamem.memory.placement import Placement
+from megamem.memory.tiers.base import RowStore, record_bytes
+from megamem.memory.tiers.resources import TierResources
 from megamem.parallel.layout import owner_range
+from megamem_kernels.formats import ROWS, Field, row_fields
+from megamem_kernels.initialize import normal_rows
+from megamem_kernels.random import key_of
+from megamem_kernels.rounding import quantize_rows
+from megamem_kernels.row_gather import copy_rows, scatter_rows
+from megamem_kernels.row_update import TouchedRows, TouchedState
 
-_CHUNK_ELEMENTS = 1 << 18
-_TRUNCATION = 2.0
+STATE = "state."
+"""Before the name of a state field, its key in :meth:`OwnedTable.read` and in checkpoints."""
+
+TOUCHED = Field("touched", torch.uint8, ())
+"""State that every table has: 1 for rows that were ever updated."""
+
+UpdateRule = Callable[[TouchedRows, TouchedState, Tensor], None]
+"""Updates rows and state in place, given their gradient ``[u, width]`` fp32."""
+
+_CHUNK_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +47,7 @@ class InitSegment:
 
 @dataclass(frozen=True, slots=True)
 class TableSpec:
-    """A logical parameter ``[rows, width]`` in fp32; ``init`` covers the width from left to right."""
+    """A logical parameter ``[rows, width]``; ``init`` covers the width from left to right."""
 
     name: str
     rows: int
@@ -42,61 +61,215 @@ class TableSpec:
 
 @dataclass(slots=True)
 class OwnedTable:
-    """Rows ``[start, stop)`` of a table in host memory, with their optimizer state."""
+    """Positions ``[start, stop)`` of a table with their optimizer state. *Local* numbers count positions from ``start``.
+
+    Not thread-safe: one thread at a time.
+    """
 
     spec: TableSpec
+    placement: Placement
     start: int
     stop: int
-    rows: Tensor
-    """``[stop - start, width]`` fp32."""
-    state: dict[str, Tensor] = field(default_factory=dict)
-    """Tensors ``[stop - start, ...]``: what the row optimizer keeps, and ``touched`` (uint8, 1 for rows ever updated)."""
+    storage: StorageConfig
+    rows: RowStore
+    """Fields of :func:`~megamem_kernels.formats.row_fields`."""
+    state: RowStore
+    """fp32 and int32 fields of the row optimizer, and :data:`TOUCHED`."""
+    key: int
+    """Of stochastic rounding."""
+    _touched: int | None = 0
+    """Rows that were ever updated; None: to be counted."""
 
     @classmethod
-    def create(cls, spec: TableSpec, *, owners: int = 1, owner: int = 0, seed: int) -> OwnedTable:
-        """The initial rows that ``owner`` of ``owners`` stores; the same values for any number of owners."""
+    def create(
+        cls,
+        spec: TableSpec,
+        *,
+        owners: int = 1,
+        owner: int = 0,
+        seed: int,
+        placement: Placement | None = None,
+        storage: StorageConfig | None = None,
+        state_fields: tuple[Field, ...] = (),
+        resources: TierResources | None = None,
+    ) -> OwnedTable:
+        """What ``owner`` of ``owners`` stores, with initial rows and zero state.
+
+        Initial rows are normal (:class:`InitSegment`), rounded to the nearest value of the format: a function of seed, name
+        and logical row, whatever the owners, placement and tier. Disk files of the checkpoint ``resources.resume`` are
+        taken over in place of that, if both rows and state have them: see :attr:`committed`.
+
+        Raises:
+            TierError: there is no room where the rows or their state should be.
+        """
+        placement = placement or Placement("contiguous", spec.rows)
+        storage, resources = storage or StorageConfig(), resources or TierResources()
         owned = owner_range(spec.rows, owners, owner)
-        return cls(spec, owned.start, owned.stop, initial_rows(spec, owned.start, owned.stop, seed=seed))
+        part = f"{spec.name}.{owner}-of-{owners}"
+        fields = row_fields(storage.format, spec.width)
+        rows = resources.open(storage.tier, f"{part}.rows", fields, len(owned), pin=True)
+        try:
+            state = resources.open(storage.tier_of_state, f"{part}.state", (*state_fields, TOUCHED), len(owned))
+        except BaseException:
+            rows.close()
+            raise
+        key = key_of("rounding", seed, spec.name)
+        table = cls(spec, placement, owned.start, owned.stop, storage, rows, state, key)
+        try:
+            if table.committed:
+                table._touched = None
+            else:
+                table._initialize(seed)
+        except BaseException:
+            table.close()
+            raise
+        return table
+
+    def gather(self, local: np.ndarray, out: Mapping[str, Tensor]) -> None:
+        """Copy rows as they are stored.
+
+        Args:
+            local: ``[n]`` int64 local numbers, in any order.
+            out: Per row field ``[n, *shape]``, on the CPU or where the rows are.
+        """
+        for low, high in _pieces(len(local), self.rows.capacity):
+            slots = torch.from_numpy(self.rows.locate(local[low:high], write=False))
+            for name, array in self.rows.arrays.items():
+                target, index = out[name][low:high], slots.to(array.device)
+                if target.device == array.device:
+                    copy_rows(array, index, target)
+                else:
+                    target.copy_(copy_rows(array, index, torch.empty_like(target, device=array.device)))
+
+    def update(self, local: np.ndarray, gradient: Tensor, rule: UpdateRule) -> None:
+        """Apply ``rule`` to rows and their state, in pieces that the tiers can hold at once, and mark the rows touched.
+
+        Args:
+            local: ``[u]`` int64, distinct local numbers.
+            gradient: ``[u, width]`` fp32, handed to the rule piece by piece where the rows are.
+            rule: See :data:`UpdateRule`; its result for a row may not depend on the other rows.
+        """
+        for low, high in _pieces(len(local), min(self.rows.capacity, self.state.capacity)):
+            part = local[low:high]
+            row_slots = torch.from_numpy(self.rows.locate(part, write=True))
+            state_slots = torch.from_numpy(self.state.locate(part, write=True))
+            ids = torch.from_numpy(self.placement.logical(part + self.start))
+            device = self.rows.arrays[ROWS].device
+            rows = TouchedRows(self.rows.arrays, row_slots.to(device), ids.to(device), self.key)
+            with _state_beside(self.state, state_slots, device) as state:
+                rule(rows, state, gradient[low:high].to(device))
+                touched = state.arrays[TOUCHED.name]
+                if self._touched is not None:
+                    self._touched += len(part) - int(touched[state.slots].count_nonzero())
+                touched[state.slots] = 1
+
+    def read(self, start: int, stop: int) -> dict[str, Tensor]:
+        """A copy on the CPU of positions ``[start, stop)``, by checkpoint key: row fields under their own names (``rows``,
+        ``scales``), state as ``state.<name>``. Each ``[stop - start, *shape]`` of the field."""
+        low, high = start - self.start, stop - self.start
+        state = {STATE + name: tensor for name, tensor in self.state.read(low, high).items()}
+        return {**self.rows.read(low, high), **state}
+
+    def write(self, first: int, tensors: Mapping[str, Tensor]) -> None:
+        """Replace positions from ``first`` on: all row fields, all of the state, or both, as :meth:`read` returns them."""
+        rows = {name: tensor for name, tensor in tensors.items() if not name.startswith(STATE)}
+        state = {name[len(STATE) :]: tensor for name, tensor in tensors.items() if name.startswith(STATE)}
+        if rows:
+            self.rows.write(first - self.start, rows)
+        if state:
+            self.state.write(first - self.start, state)
+            self._touched = None
 
     @property
     def usage(self) -> float:
-        """Fraction of the owned rows that were ever updated; 0 where none are owned."""
-        return int(self.state["touched"].count_nonzero()) / max(1, self.stop - self.start)
+        """Fraction of the owned rows that were ever updated; 0 where none are owned. Reads the state once after a load."""
+        if self._touched is None:
+            self._touched = sum(
+                int(self.state.read(low, high)[TOUCHED.name].count_nonzero())
+                for low, high in _pieces(self.stop - self.start, _chunk(record_bytes(self.state.fields)))
+            )
+        return self._touched / max(1, self.stop - self.start)
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Bytes of rows and state by kind of memory: ``device``, ``host``, ``disk``."""
+        total: dict[str, int] = {}
+        for store in (self.rows, self.state):
+            for kind, size in store.resident_bytes().items():
+                total[kind] = total.get(kind, 0) + size
+        return total
+
+    def commit(self, label: str) -> None:
+        """Let a later process find what disk files hold now under ``label``, the checkpoint that has just been written.
+
+        Raises:
+            TierError: the files cannot be written.
+        """
+        self.rows.commit(label)
+        self.state.commit(label)
+
+    @property
+    def committed(self) -> str:
+        """The label under which rows and state were committed as they are now; empty where any of them was not."""
+        label = self.rows.committed
+        return label if label == self.state.committed else ""
+
+    def close(self) -> None:
+        """Release memory and files. Idempotent."""
+        self.rows.close()
+        self.state.close()
+
+    def _initialize(self, seed: int) -> None:
+        key = key_of("rows", seed, self.spec.name)
+        width = self.spec.width
+        for low, high in _pieces(self.stop - self.start, _chunk(4 * width)):
+            ids = self.placement.logical(np.arange(self.start + low, self.start + high))
+            values = torch.zeros(high - low, width)
+            column = 0
+            for segment in self.spec.init:
+                if segment.std:
+                    part = torch.empty(high - low, segment.width)
+                    normal_rows(part, ids, key=key, first_element=column, std=segment.std, truncated=segment.truncated)
+                    values[:, column : column + segment.width] = part
+                column += segment.width
+            fields = {field.name: field.allocate(high - low) for field in self.rows.fields}
+            quantize_rows(values, fields)
+            self.rows.write(low, fields)
+        if self.state.committed:  # kept from an earlier process, but the rows were not
+            for low, high in _pieces(self.stop - self.start, _chunk(record_bytes(self.state.fields))):
+                self.state.write(low, {field.name: field.allocate(high - low) for field in self.state.fields})
 
 
-def initial_rows(spec: TableSpec, start: int, stop: int, *, seed: int) -> Tensor:
-    """Initial rows ``[start, stop)`` of a table, ``[stop - start, width]`` fp32: a function of seed, spec and row.
-
-    Logical rows are drawn in fixed chunks, each from a Philox generator keyed by (seed, name, chunk), so that any cut of
-    the table into owners gives the same rows, and only a few chunks (1 MiB, or one row) are allocated beside the result.
-    """
-    rows = torch.zeros(stop - start, spec.width)
-    if not any(segment.std for segment in spec.init):
-        return rows
-    view = rows.numpy()
-    chunk_rows = max(1, _CHUNK_ELEMENTS // spec.width)
-    for chunk in range(start // chunk_rows, -(-stop // chunk_rows)):
-        first = chunk * chunk_rows
-        low, high = max(start, first), min(stop, first + chunk_rows)
-        generator = _generator(seed, spec.name, chunk)
-        column = 0
-        for segment in spec.init:
-            if segment.std:
-                values = _draw(generator, (chunk_rows, segment.width), segment)
-                view[low - start : high - start, column : column + segment.width] = values[low - first : high - first]
-            column += segment.width
-    return rows
+def disk_bytes(
+    spec: TableSpec, *, owners: int, owner: int, storage: StorageConfig, state_fields: tuple[Field, ...]
+) -> int:
+    """Size of the files that :meth:`OwnedTable.create` makes: what ``TierResources.disk_bytes`` is the sum of."""
+    records = len(owner_range(spec.rows, owners, owner))
+    rows = record_bytes(row_fields(storage.format, spec.width)) if storage.tier == "disk" else 0
+    state = record_bytes((*state_fields, TOUCHED)) if storage.tier_of_state == "disk" else 0
+    return records * (rows + state)
 
 
-def _draw(generator: np.random.Generator, shape: tuple[int, int], segment: InitSegment) -> np.ndarray:
-    values = generator.standard_normal(shape, dtype=np.float32)
-    if segment.truncated:
-        while (outside := np.abs(values) > _TRUNCATION).any():
-            values[outside] = generator.standard_normal(int(outside.sum()), dtype=np.float32)
-    values *= np.float32(segment.std)
-    return values
+@contextmanager
+def _state_beside(store: RowStore, slots: Tensor, device: torch.device) -> Iterator[TouchedState]:
+    """State where the rows are: as it is stored, or a copy that is written back."""
+    if all(array.device == device for array in store.arrays.values()):
+        yield TouchedState(store.arrays, slots.to(device))
+        return
+    copies = {}
+    for name, array in store.arrays.items():
+        index = slots.to(array.device)
+        part = torch.empty(len(slots), *array.shape[1:], dtype=array.dtype, device=array.device)
+        copies[name] = copy_rows(array, index, part).to(device)
+    yield TouchedState(copies, torch.arange(len(slots), device=device))
+    for name, array in store.arrays.items():
+        scatter_rows(array, slots.to(array.device), copies[name].to(array.device))
 
 
-def _generator(seed: int, name: str, chunk: int) -> np.random.Generator:
-    digest = hashlib.blake2b(f"table:{seed}:{name}:{chunk}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype="<u8")))
+def _pieces(count: int, size: int) -> Iterator[tuple[int, int]]:
+    """Ranges of at most ``size`` items that cover ``[0, count)``."""
+    for low in range(0, count, size):
+        yield low, min(low + size, count)
+
+
+def _chunk(item_bytes: int) -> int:
+    return max(1, _CHUNK_BYTES // item_bytes)

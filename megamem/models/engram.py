@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -17,12 +16,13 @@ from megamem.memory.streams import engram_stream_name, engram_table_name
 from megamem.models.micro import MicroContext
 from megamem.models.norm import RMSNorm
 from megamem.models.sequence import SequenceSlice
-
-_MIN_SCORE = 1e-6  # the square root's slope is infinite at zero; below this it is taken as flat
+from megamem_kernels.engram_conv import engram_conv
+from megamem_kernels.engram_gate import engram_gate
 
 
 class CausalConv(nn.Module):
-    """Depth-wise causal convolution that starts at zero; a tap that would reach into another document reads zero."""
+    """Taps of a depth-wise causal convolution that starts at zero; :func:`megamem_kernels.engram_conv.engram_conv` runs
+    it."""
 
     def __init__(self, channels: int, taps: int, dilation: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -33,18 +33,6 @@ class CausalConv(nn.Module):
         """``[channels, taps]``; ``weight[:, j]`` multiplies the input ``dilation * (taps - 1 - j)`` positions back, as
         in :class:`torch.nn.Conv1d`."""
         self.weight.init_std = 0.0  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor, documents: Tensor) -> Tensor:
-        """``x`` ``[reach + s, b, channels]`` and its documents ``[b, reach + s]`` to ``[s, b, channels]``."""
-        length = x.shape[0] - self.reach
-        documents = documents.t()
-        *earlier, last = self.weight.unbind(1)
-        output = x[self.reach :] * last
-        for tap, weight in enumerate(earlier):
-            window = slice(tap * self.dilation, tap * self.dilation + length)
-            same = (documents[window] == documents[self.reach :]).unsqueeze(-1)
-            output = torch.addcmul(output, x[window] * same, weight)
-        return output
 
 
 class Engram(MegatronModule):
@@ -99,22 +87,35 @@ class Engram(MegatronModule):
     def _read(self, context: MicroContext) -> Tensor:
         """Concatenated rows ``[s / tp, b, E]``, in the rows' fp32 so that their gradients are summed in it."""
         assert context.memory is not None
-        index = context.memory.index(self._stream).transpose(0, 1)
-        return F.embedding(index, context.memory.rows(self._table)).flatten(-2)
+        return context.memory.lookup(self._table, self._stream).flatten(-2)
 
     def _gated_value(self, hidden_states: Tensor, embedding: Tensor) -> Tensor:
-        query = self.norm_query(hidden_states.float())
-        key = self.norm_key(self.key_proj(embedding).float())
-        score = (query * key).sum(-1, keepdim=True) * self._scale
-        if self._sqrt_gate:
-            score = score.sign() * score.abs().clamp_min(_MIN_SCORE).sqrt()
-        gate = score.sigmoid()
+        gated, gate = engram_gate(
+            hidden_states,
+            self.key_proj(embedding),
+            self.value_proj(embedding),
+            self.norm_query.weight,
+            self.norm_key.weight,
+            epsilon=self.norm_query.eps,
+            sqrt_gate=self._sqrt_gate,
+            scale=self._scale,
+        )
         if self.gate_observer is not None:
-            self.gate_observer(gate.detach())
-        return (gate * self.value_proj(embedding)).to(hidden_states.dtype)
+            self.gate_observer(gate)
+        return gated
 
     def _refine(self, gated: Tensor, document_ids: Tensor) -> Tensor:
         if self.conv is None or self.norm_conv is None:
             return gated
-        extended = self._slice.extend_left(self.norm_conv(gated), self.conv.reach)
-        return F.silu(self.conv(extended, self._slice.documents(document_ids, self.conv.reach))) + gated
+        # Left neighbours' positions come before their norm: the kernel norms them again, which is less work than to split
+        # it there, and each rank's share of the norm's gradient is that of its own outputs.
+        context = self.conv.reach if self._slice.size > 1 else 0
+        return engram_conv(
+            self._slice.extend_left(gated, context),
+            self._slice.documents(document_ids, context),
+            self.norm_conv.weight,
+            self.conv.weight,
+            context=context,
+            dilation=self.conv.dilation,
+            epsilon=self.norm_conv.eps,
+        )

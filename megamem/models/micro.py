@@ -14,7 +14,7 @@ from torch import Tensor
 from megamem.batch import MicroBatch
 
 if TYPE_CHECKING:
-    from megamem.memory.engine import MicroMemory
+    from megamem.memory.lookup import MicroMemory
 
 
 @dataclass(kw_only=True, eq=False)

@@ -82,8 +82,10 @@ def describe_step(metrics: Mapping[str, Any]) -> str:
         f"{label} {text(metrics[key])}" for key, label, text in _FIELDS if isinstance(metrics.get(key), (int, float))
     ]
     stall, seconds = metrics.get("stall_seconds"), metrics.get("step_seconds")
+    if metrics.get("lookups"):  # without tables these are zero in every step
+        parts += [f"{label} {metrics[key]:.0%}" for key, label in _RATIOS if metrics.get(key) is not None]
     if stall is not None and seconds:
-        parts.append(f"stall {stall * 1e3:.0f} ms ({stall / seconds:.0%})")
+        parts.append(f"stall {stall * 1e3:.0f} ms ({stall / seconds:.1%})")
     if metrics.get("skipped"):
         parts.append("SKIPPED")
     return " · ".join(parts)
@@ -121,3 +123,4 @@ _FIELDS = (
     ("tokens_per_second", "tok/s", format_count),
     ("memory_bytes", "mem", format_bytes),
 )
+_RATIOS = (("unique_ratio", "unique"), ("patch_ratio", "patched"))

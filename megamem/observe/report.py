@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from megamem.errors import DataError
-from megamem.observe.charts import Series, line_chart, smooth
+from megamem.observe.charts import Chart, Series, chart, column, lines, smooth
 from megamem.observe.journal import Entry, read_journal
+from megamem.observe.memory_charts import access_sections, traffic_charts
 from megamem.observe.progress import format_count, format_duration
 from megamem.observe.tracking import flatten
 
@@ -33,17 +33,6 @@ class Headline:
     label: str
     value: str
     note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """One figure of a report."""
-
-    title: str
-    svg: Markup
-    legend: list[Series]
-    """The lines, where there are several."""
-    wide: bool
 
 
 def build_report(run_dir: Path) -> Path:
@@ -69,6 +58,7 @@ def build_report(run_dir: Path) -> Path:
         charts=_charts(entries),
         gates=_gates(entries),
         usage=_usage(entries),
+        access=access_sections(entries),
         events=_events(read_journal(journal, overtaken=True)),
         further=_further(summary),
         config=config.read_text(encoding="utf-8") if config.exists() else "",
@@ -90,11 +80,12 @@ def summarize(entries: list[Entry]) -> dict[str, Any]:
 
     ``steps``, ``tokens_seen`` (those that count in the loss), ``seconds`` (in steps), ``skipped_steps``;
     ``tokens_per_second`` (median over steps), ``stall_share`` (of the time in steps), ``unique_row_ratio`` (unique rows
-    per lookup); ``validation_loss`` with ``first``, ``last`` and ``last_blocked`` (memories blocked).
+    per lookup), ``patch_ratio`` (patched rows per row fetched); ``validation_loss`` with ``first``, ``last`` and
+    ``last_blocked`` (memories blocked).
     """
     steps = _of_kind(entries, "step")
-    seconds, lookups = _total(steps, "step_seconds"), _total(steps, "lookups")
-    speed = _column(steps, "tokens_per_second")
+    seconds, lookups, fetched = (_total(steps, key) for key in ("step_seconds", "lookups", "rows_received"))
+    speed = column(steps, "tokens_per_second")
     whole, blocked = _evaluations(entries, blocked=False), _evaluations(entries, blocked=True)
     losses = {
         "first": whole[0]["loss"] if len(whole) > 1 else None,
@@ -108,6 +99,7 @@ def summarize(entries: list[Entry]) -> dict[str, Any]:
         "skipped_steps": int(_total(steps, "skipped")),
         "tokens_per_second": float(np.nanmedian(speed)) if np.isfinite(speed).any() else None,
         "unique_row_ratio": _total(steps, "unique_rows") / lookups if lookups else None,
+        "patch_ratio": _total(steps, "patched_rows") / fetched if fetched else None,
         "stall_share": _total(steps, "stall_seconds") / seconds if seconds else None,
         "validation_loss": {name: loss for name, loss in losses.items() if loss is not None},
     }
@@ -145,7 +137,9 @@ def headlines(summary: Mapping[str, Any]) -> list[Headline]:
         note = f"waiting for tables {stall:.1%} of the time" if stall is not None else ""
         result.append(Headline("Tokens per second", format_count(speed), note))
     if (ratio := summary.get("unique_row_ratio")) is not None:
-        result.append(Headline("Unique rows", f"{ratio:.1%}", "of the rows looked up in a step"))
+        patched = summary.get("patch_ratio")
+        note = f", {patched:.1%} patched before use" if patched else ""
+        result.append(Headline("Unique rows", f"{ratio:.1%}", f"of the rows looked up in a step{note}"))
     if steps := summary["steps"]:
         notes = [f"{format_count(summary['tokens_seen'])} tokens"] if summary["tokens_seen"] else []
         notes += [format_duration(summary["seconds"])] if summary["seconds"] else []
@@ -155,54 +149,37 @@ def headlines(summary: Mapping[str, Any]) -> list[Headline]:
 
 
 def _charts(entries: list[Entry]) -> list[Chart]:
+    """What there is to show over the steps."""
     steps = _of_kind(entries, "step")
     resumes = [e["step"] for e in entries if e.get("event") == "start" and e["step"] > 0]
     validation = [
-        Series(name, _column(group, "step"), _column(group, "loss"), color, "points")
+        Series(name, column(group, "step"), column(group, "loss"), color, "points")
         for name, color, group in (
             ("validation", 1, _evaluations(entries, blocked=False)),
             ("validation, memory blocked", 2, _evaluations(entries, blocked=True)),
         )
         if group
     ]
+    times = {"whole step": "step_seconds", "waiting for tables": "stall_seconds", "fetching rows": "fetch_seconds"}
     figures = [
-        ("Loss", [*_raw_and_smooth("training", steps, "loss"), *validation], False),
         ("Auxiliary loss", _raw_and_smooth("auxiliary loss", steps, "aux_loss"), False),
-        ("Learning rate", _lines(steps, {"learning rate": "lr"}), True),
-        ("Gradient norm", _lines(steps, {"all parameters": "grad_norm", "tables": "grad_norm_tables"}), False),
+        ("Learning rate", lines(steps, {"learning rate": "lr"}), True),
+        ("Gradient norm", lines(steps, {"all parameters": "grad_norm", "tables": "grad_norm_tables"}), False),
         ("Tokens per second", _raw_and_smooth("tokens per second", steps, "tokens_per_second"), True),
-        (
-            "Seconds per step",
-            _lines(steps, {"whole step": "step_seconds", "waiting for tables": "stall_seconds"}),
-            True,
-        ),
-        ("Unique rows per lookup", _lines(steps, {"unique rows": "unique_ratio"}), False),
-        # One process exchanges nothing with itself.
-        (
-            "Bytes received by the exchange",
-            _lines([s for s in steps if s.get("bytes_received")], {"bytes per step": "bytes_received"}),
-            True,
-        ),
-        ("Memory (GiB)", _lines(steps, {"memory": "memory_bytes"}, scale=2.0**-30), True),
+        ("Seconds per step", lines(steps, times), True),
+        ("Memory (GiB)", lines(steps, {"memory": "memory_bytes"}, scale=2.0**-30), True),
     ]
-    charts = []
-    for title, series, from_zero in figures:
-        wide = title == "Loss"
-        size = (1080, 320) if wide else (540, 220)
-        if svg := line_chart(title, series, size=size, marks=resumes, from_zero=from_zero):
-            charts.append(Chart(title, svg, series if len(series) > 1 else [], wide))
-    return charts
-
-
-def _lines(steps: list[Entry], keys: Mapping[str, str], scale: float = 1.0) -> list[Series]:
-    x = _column(steps, "step")
-    series = [Series(name, x, _column(steps, key) * scale, color) for color, (name, key) in enumerate(keys.items())]
-    return [s for s in series if np.isfinite(s.y).any()]
+    charts = [
+        chart("Loss", [*_raw_and_smooth("training", steps, "loss"), *validation], wide=True, marks=resumes),
+        *(chart(title, series, marks=resumes, from_zero=from_zero) for title, series, from_zero in figures),
+        *traffic_charts(steps, resumes),
+    ]
+    return [one for one in charts if one.svg]
 
 
 def _raw_and_smooth(name: str, steps: list[Entry], key: str) -> list[Series]:
     """A noisy line behind its mean over about a fiftieth of the run; short runs have the line alone."""
-    x, y = _column(steps, "step"), _column(steps, key)
+    x, y = column(steps, "step"), column(steps, key)
     if np.isfinite(y).sum() < 30:
         return [Series(name, x, y)] if np.isfinite(y).any() else []
     return [Series(f"{name}, each step", x, y, 0, "raw"), Series(f"{name}, smoothed", x, smooth(y, len(y) / 100))]
@@ -254,7 +231,15 @@ def _shares(parameters: list[tuple[str, int]]) -> list[tuple[str, str, float]]:
 
 def _further(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Values of a summary that no other part of the report shows."""
-    shown = {"name", "parameters", *summarize([]), "tokens_per_second", "unique_row_ratio", "stall_share"}
+    shown = {
+        "name",
+        "parameters",
+        *summarize([]),
+        "tokens_per_second",
+        "unique_row_ratio",
+        "patch_ratio",
+        "stall_share",
+    }
     rest = flatten({key: value for key, value in summary.items() if key not in shown})
     return [
         (key.replace("_", " "), f"{value:,.6g}" if isinstance(value, float) else str(value))
@@ -312,14 +297,8 @@ def _of_kind(entries: list[Entry], kind: str) -> list[Entry]:
     return [e for e in entries if e["kind"] == kind]
 
 
-def _column(entries: list[Entry], key: str) -> np.ndarray:
-    """One key of all entries as float64, NaN where it is absent or null."""
-    values = (entry.get(key) for entry in entries)
-    return np.array([np.nan if v is None else float(v) for v in values], dtype=np.float64)
-
-
 def _total(entries: list[Entry], key: str) -> float:
-    return float(np.nansum(_column(entries, key)))
+    return float(np.nansum(column(entries, key)))
 
 
 def _evaluations(entries: list[Entry], *, blocked: bool) -> list[Entry]:

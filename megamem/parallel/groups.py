@@ -38,8 +38,6 @@ class Groups:
     """Ranks that hold the same experts."""
     embedding: dist.ProcessGroup | None
     """First and last pipeline stage, which share a tied embedding; None on the stages between them."""
-    memory: dist.ProcessGroup
-    """Gloo, all ranks of this pipeline stage: rows live in host memory, also next to a GPU."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -99,7 +97,6 @@ def initialize(layout: Layout, *, seed: int) -> Groups:
     _check_coordinates(layout, coordinates)
     model_parallel_cuda_manual_seed(seed)
 
-    memory = [dist.new_group(layout.memory_group(stage), timeout=TIMEOUT, backend="gloo") for stage in range(layout.pp)]
     return Groups(
         layout=layout,
         coordinates=coordinates,
@@ -111,7 +108,6 @@ def initialize(layout: Layout, *, seed: int) -> Groups:
         ep=parallel_state.get_expert_model_parallel_group(),
         expert_dp=parallel_state.get_expert_data_parallel_group(),
         embedding=parallel_state.get_embedding_group(check_initialized=False),
-        memory=memory[coordinates.pp],
     )
 
 

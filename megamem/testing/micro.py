@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,6 +30,10 @@ class FixedMemory:
     def host_index(self, stream: str) -> np.ndarray:
         """Indices of a stream as numpy."""
         return self.indices[stream]
+
+    def lookup(self, table: str, stream: str) -> Tensor:
+        """The addressed rows, by torch alone."""
+        return F.embedding(self.index(stream).transpose(0, 1), self.tables[table])
 
 
 def packed_documents(rng: np.random.Generator, batch: int, length: int, *, boundary: float = 0.3) -> np.ndarray:

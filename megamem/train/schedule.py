@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from megamem.memory.config import RowOptimizerConfig
 from megamem.train.config import OptimizerConfig
 
 
@@ -27,3 +28,12 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     start = total_steps - decay
     progress = min(1.0, max(0.0, (step + 1 - start) / decay))
     return config.lr + (floor - config.lr) * progress
+
+
+def row_learning_rate(rows: RowOptimizerConfig, dense: OptimizerConfig, step: int, total_steps: int) -> float:
+    """Learning rate of table rows in optimizer step ``step`` (from 0): a multiple of the dense rate of the step, or of its
+    peak with ``schedule=constant``; the multiple goes linearly from ``lr_multiplier`` to ``final_lr_multiplier``."""
+    multiplier = rows.lr_multiplier
+    if rows.final_lr_multiplier >= 0:
+        multiplier += (rows.final_lr_multiplier - multiplier) * min(1.0, step / max(1, total_steps - 1))
+    return multiplier * (dense.lr if rows.schedule == "constant" else learning_rate(dense, step, total_steps))

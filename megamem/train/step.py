@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megamem.batch import MicroBatch, StepBatch
-from megamem.memory.engine import StepMemory
+from megamem.memory.step import StepMemory
 from megamem.models.micro import MicroContext
 from megamem.parallel.groups import Groups
 

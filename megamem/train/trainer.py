@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megamem.batch import StepBatch, TokenLoader
-from megamem.memory.engine import MemoryEngine, RowGradients, StepMemory
+from megamem.memory.config import MemoryConfig
+from megamem.memory.engine import MemoryEngine
+from megamem.memory.slots import Ticket
+from megamem.memory.step import RowGradients
 from megamem.models.router import take_aux_loss, update_router_bias
 from megamem.observe.memory import memory_bytes
 from megamem.parallel.groups import Groups
 from megamem.parallel.zero import ZeroEngine
 from megamem.train.config import OptimizerConfig, TrainConfig
 from megamem.train.guard import LossGuard
-from megamem.train.schedule import learning_rate
+from megamem.train.schedule import learning_rate, row_learning_rate
 from megamem.train.step import StepLoss, StepRunner
 
 
@@ -67,8 +72,12 @@ class Trainer:
     save: Callable[[int], None]
     """Write a checkpoint of the state after this many steps."""
     checkpoint_interval: int
+    memory_config: MemoryConfig = field(default_factory=MemoryConfig)
+    """Prefetch depth, and learning rate and clipping of rows."""
     progress: Progress = field(default_factory=Progress)
     guard: LossGuard = field(init=False)
+    _ahead: deque[tuple[StepBatch, Ticket]] = field(default_factory=deque, init=False)
+    """Steps whose rows are on their way, the next one first."""
 
     def __post_init__(self) -> None:
         self.guard = LossGuard(self.config)
@@ -106,19 +115,20 @@ class Trainer:
 
     def _step(self, step: int) -> None:
         began = time.perf_counter()
-        batch = self.loader.batch(step)
-        self.memory.submit(batch)
-        memory = self.memory.take(step)
+        self._look_ahead(step)
+        batch, ticket = self._ahead.popleft()
+        memory = self.memory.take(ticket)
         self.zero.zero_grad()
         measured = self.runner.run(batch, memory, train=True)
         rows = self.memory.return_gradients(memory)
         self.zero.reduce_gradients()
         norm, table_norm = self._norms(rows)
         lr = learning_rate(self.optimizer, step, self.config.steps)
-        reason = self.guard.refuses(measured.loss, norm)
+        reason = self.guard.refuses(measured.loss, norm if math.isfinite(table_norm) else table_norm)
         if reason is None:
-            self._apply(rows, norm, lr, step)
+            self._apply(rows, norm, table_norm, lr, step)
         else:
+            self.memory.discard(rows)
             self.zero.skip()
             update_router_bias(self.model, discard=True)
             self.progress.skipped_steps += 1
@@ -126,20 +136,34 @@ class Trainer:
         self.progress.tokens_seen += batch_tokens(batch) * self.groups.layout.dp
         self._report(step, batch, measured, norm, table_norm, lr, reason is not None, time.perf_counter() - began)
 
-    def _norms(self, rows: RowGradients) -> tuple[float, float]:
-        """Global gradient norm and the share of tables in it; every parameter and row counted once."""
-        tables = torch.tensor([rows.norm_sq()], dtype=torch.float64)
-        dist.all_reduce(tables)
-        table_sq = float(tables)
-        return math.sqrt(self.zero.grad_norm_sq() + table_sq), math.sqrt(table_sq)
+    def _look_ahead(self, step: int) -> None:
+        """Submit steps up to ``memory.prefetch_depth`` beyond ``step``, of those that will be trained."""
+        last = min(step + self.memory_config.prefetch_depth, self.config.steps - 1)
+        for ahead in range(step + len(self._ahead), last + 1):
+            batch = self.loader.batch(ahead)
+            self._ahead.append((batch, self.memory.submit(batch)))
 
-    def _apply(self, rows: RowGradients, norm: float, lr: float, step: int) -> None:
-        clip = self.optimizer.clip_grad
-        coefficient = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+    def _norms(self, rows: RowGradients) -> tuple[float, float]:
+        """Gradient norm of what ``optimizer.clip_grad`` bounds, and that of the tables; every parameter and row counted once."""
+        table_sq = rows.norm_sq(_all_reduce)
+        shared = table_sq if self.memory_config.optimizer.clip == "shared" else 0.0
+        return math.sqrt(self.zero.grad_norm_sq() + shared), math.sqrt(table_sq)
+
+    def _apply(self, rows: RowGradients, norm: float, table_norm: float, lr: float, step: int) -> None:
+        row_optimizer = self.memory_config.optimizer
+        coefficient = _clip_coefficient(self.optimizer.clip_grad, norm)
+        if row_optimizer.clip == "shared":
+            rows.scale(coefficient)
+        elif row_optimizer.clip == "own":
+            rows.scale(_clip_coefficient(row_optimizer.clip_norm, table_norm))
+        self.memory.apply(
+            rows,
+            lr=row_learning_rate(row_optimizer, self.optimizer, step, self.config.steps),
+            # Like dense AdamW, rows count the steps that were applied: a skipped one must not age their moments.
+            step=step + 1 - self.progress.skipped_steps,
+        )
+        # Rows are updated and patched in the background meanwhile.
         self.zero.step(lr=lr, clip_coefficient=coefficient)
-        rows.scale(coefficient)
-        # Like dense AdamW, rows count the steps that were applied: a skipped one must not age their moments.
-        self.memory.apply(rows, lr=lr, step=step + 1 - self.progress.skipped_steps)
         update_router_bias(self.model)
 
     def _report(
@@ -175,11 +199,10 @@ class Trainer:
         total, tokens = 0.0, 0
         for index in range(self.config.eval_batches):
             batch = self.validation.batch(index)
-            memory: StepMemory | None = None
-            if not blocked:
-                self.memory.submit(batch, train=False)
-                memory = self.memory.take(batch.step)
+            memory = None if blocked else self.memory.take(self.memory.submit(batch, train=False))
             measured = self.runner.run(batch, memory, train=False)
+            if memory is not None:
+                self.memory.release(memory)
             total += measured.loss * measured.tokens
             tokens += measured.tokens
         loss = total / max(tokens, 1)
@@ -191,3 +214,13 @@ class Trainer:
 def batch_tokens(batch: StepBatch) -> int:
     """Tokens of a step batch on its data-parallel rank, counted or not."""
     return sum(micro.tokens.size for micro in batch.micro_batches)
+
+
+def _clip_coefficient(bound: float, norm: float) -> float:
+    return min(1.0, bound / (norm + 1e-6)) if bound else 1.0
+
+
+def _all_reduce(array: np.ndarray, operation: str) -> np.ndarray:
+    tensor = torch.from_numpy(array.copy())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX if operation == "max" else dist.ReduceOp.SUM)
+    return tensor.numpy()

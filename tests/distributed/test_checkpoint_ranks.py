@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from megamem.errors import CheckpointError
 from megamem.memory.table import InitSegment, OwnedTable, TableSpec
-from megamem.parallel.layout import Layout, owner_range, stage_layers
+from megamem.parallel.layout import Layout, stage_layers
 from megamem.testing.distributed import run_distributed
 from megamem_checkpoints.checkpointer import Checkpointer
 from megamem_checkpoints.config import CheckpointConfig
 from megamem_checkpoints.reader import CheckpointReader
+from megamem_kernels.formats import Field
 
 LAYERS, EXPERTS, ROWS = 2, 4, 37
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -108,14 +109,24 @@ class ShardedRun:
         return full.chunk(self.groups.layout.tp, dim=tp_dim)[self.groups.coordinates.tp].contiguous()
 
     def _table(self, name: str) -> OwnedTable:
-        owned = owner_range(ROWS, self.groups.layout.stage_size, dist.get_rank(self.groups.memory))
-        cut = slice(owned.start, owned.stop)
-        rows, state = full_tensor(name, (ROWS, 3))[cut].clone(), full_tensor(f"state {name}", (ROWS,))[cut].clone()
-        if not self.filled:
-            rows.zero_(), state.zero_()
-        return OwnedTable(
-            TableSpec(name, ROWS, 3, (InitSegment(3, 0.0),)), owned.start, owned.stop, rows, {"sum": state}
+        table = OwnedTable.create(
+            TableSpec(name, ROWS, 3, (InitSegment(3, 0.0),)),
+            owners=self.groups.layout.stage_size,
+            owner=self.groups.layout.memory_group(self.groups.coordinates.pp).index(self.groups.coordinates.rank),
+            seed=0,
+            state_fields=(Field("sum", torch.float32, ()),),
         )
+        if self.filled:
+            table.write(table.start, self._expected(table))
+        return table
+
+    def _expected(self, table: OwnedTable) -> dict[str, Tensor]:
+        cut = slice(table.start, table.stop)
+        return {
+            "rows": full_tensor(table.spec.name, (ROWS, 3))[cut],
+            "state.sum": full_tensor(f"state {table.spec.name}", (ROWS,))[cut],
+            "state.touched": torch.ones(cut.stop - cut.start, dtype=torch.uint8),
+        }
 
     def save(self, step: int) -> Path:
         return self.checkpointer.save(
@@ -143,11 +154,10 @@ class ShardedRun:
             if not torch.equal(value[entry.rows], self.local(entry.name, key))
         ]
         for name, table in self.tables.items():
-            cut = slice(table.start, table.stop)
-            if not torch.equal(table.rows, full_tensor(name, (ROWS, 3))[cut]):
-                wrong.append(name)
-            if not torch.equal(table.state["sum"], full_tensor(f"state {name}", (ROWS,))[cut]):
-                wrong.append(f"{name}.sum")
+            found = table.read(table.start, table.stop)
+            wrong += [
+                f"{name}.{key}" for key, value in self._expected(table).items() if not torch.equal(found[key], value)
+            ]
         return wrong
 
     def close(self) -> None:

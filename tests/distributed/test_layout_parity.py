@@ -88,7 +88,9 @@ def train(overrides: list[str], data_path: str) -> tuple[list[float], list[float
     parts = build_parts(config, data, groups)
     trainer = make_trainer(parts, Recorder(), save=lambda step: None)
     trainer.run()
-    tables = {name: (table.start, table.rows.clone()) for name, table in parts.memory.tables.items()}
+    tables = {
+        name: (table.start, table.read(table.start, table.stop)["rows"]) for name, table in parts.memory.tables.items()
+    }
     parts.loader.close()
     parts.memory.close()
     parallel_groups.destroy()

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megamem.errors import ConfigError
+from megamem.memory.config import MemoryConfig
+from megamem.memory.links import create_links
 from megamem.parallel import cpu
 from megamem.parallel.groups import destroy, init_distributed, initialize
 from megamem.parallel.layout import Layout
@@ -37,17 +39,19 @@ def groups_of_all_layouts() -> list[dict[str, Any]]:
         groups = initialize(layout, seed=5)  # raises where megatron and the layout disagree
         members = {
             name: dist.get_process_group_ranks(getattr(groups, name))
-            for name in ("world", "tp", "dp", "pp", "ep", "expert_dp", "memory")
+            for name in ("world", "tp", "dp", "pp", "ep", "expert_dp")
         }
+        links = create_links(layout, MemoryConfig(), groups.device)
+        members["memory"] = dist.get_process_group_ranks(links.group)
         total = torch.tensor([float(groups.coordinates.rank)])
-        dist.all_reduce(total, group=groups.memory)
+        dist.all_reduce(total, group=links.group)
         reports.append(
             {
                 "layout": layout,
                 "place": groups.coordinates,
                 "members": members,
                 "memory_sum": total.item(),
-                "memory_backend": dist.get_backend(groups.memory),
+                "memory_backend": dist.get_backend(links.group),
                 "edges": (groups.is_first_stage, groups.is_last_stage),
                 "embedding": groups.embedding and dist.get_process_group_ranks(groups.embedding),
             }
@@ -83,8 +87,9 @@ def one_process_without_environment() -> tuple[int, int, float, str]:
     init_distributed()
     init_distributed()  # does nothing the second time
     groups = initialize(Layout(), seed=1)
+    assert create_links(Layout(), MemoryConfig(), groups.device).group is None
     total = torch.ones(1)
-    dist.all_reduce(total, group=groups.memory)
+    dist.all_reduce(total)
     return dist.get_world_size(), parallel_state.get_data_parallel_world_size(), total.item(), groups.device.type
 
 

@@ -78,8 +78,8 @@ def trainer_logits(config_path: str, overrides: list[str]) -> list[tuple[list[in
     )
     assert parts.validation is not None
     micro = parts.validation.batch(0).micro_batches[0]
-    parts.memory.submit(StepBatch(0, (micro,)), train=False)
-    context = MicroContext.from_batch(micro, groups.device, parts.memory.take(0).micro(0))
+    memory = parts.memory.take(parts.memory.submit(StepBatch(0, (micro,)), train=False))
+    context = MicroContext.from_batch(micro, groups.device, memory.micro(0))
     tokens = torch.from_numpy(micro.tokens)
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():

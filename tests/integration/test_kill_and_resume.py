@@ -77,22 +77,34 @@ def assert_equal_checkpoints(one: Path, other: Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [[], ["parallel.nproc=2", "parallel.expert_model_parallel_size=2", "memory.optimizer.name=rowwise_adagrad"]],
-    ids=["one-process", "dp2-ep2"],
-)
-def test_killed_and_resumed_run_is_bit_identical(extra: list[str], prepared_tiny: Path, tmp_path: Path) -> None:
+FORMS: dict[str, tuple[list[str], list[str]]] = {
+    "one-process": ([], []),
+    "dp2-ep2": (
+        ["parallel.nproc=2", "parallel.expert_model_parallel_size=2", "memory.optimizer.name=rowwise_adagrad"],
+        [],
+    ),
+    # The killed run keeps its rows elsewhere and fetches them further ahead: that may change nothing either.
+    "prefetch-3-disk": (["memory.prefetch_depth=0"], ["memory.prefetch_depth=3", "memory.storage.tier=disk"]),
+    "bf16-rows-state-on-disk": (
+        ["memory.storage.format=bf16"],
+        ["memory.storage.state_tier=disk", "memory.host_memory=shared"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_killed_and_resumed_run_is_bit_identical(name: str, prepared_tiny: Path, tmp_path: Path) -> None:
+    extra, killed_extra = FORMS[name]
     step = random.SystemRandom().randint(INTERVAL + 1, STEPS - 2)
     print(f"killed once step {step} is done")
     train(tmp_path / "whole", prepared_tiny, extra)
-    kill_at(step, tmp_path / "killed", prepared_tiny, extra)
+    kill_at(step, tmp_path / "killed", prepared_tiny, [*extra, *killed_extra])
     assert not (tmp_path / "killed" / "tiny" / "summary.json").exists()
-    train(tmp_path / "killed", prepared_tiny, extra)
+    train(tmp_path / "killed", prepared_tiny, [*extra, *killed_extra])
 
     whole, killed = steps(tmp_path / "whole" / "tiny"), steps(tmp_path / "killed" / "tiny")
     assert [s["step"] for s in whole] == [s["step"] for s in killed] == list(range(1, STEPS + 1))
     for key in ("loss", "grad_norm", "grad_norm_tables", "lr"):
         assert [s[key] for s in whole] == [s[key] for s in killed], key
-    name = Path("tiny") / "checkpoints" / f"step_{STEPS:08d}"
-    assert_equal_checkpoints(tmp_path / "whole" / name, tmp_path / "killed" / name)
+    checkpoint = Path("tiny") / "checkpoints" / f"step_{STEPS:08d}"
+    assert_equal_checkpoints(tmp_path / "whole" / checkpoint, tmp_path / "killed" / checkpoint)

@@ -1,5 +1,23 @@
 """In-place optimizer updates of the touched rows of a table."""
 
-from megamem_kernels.row_update.op import lazy_adam_, rowwise_adagrad_
+from megamem_kernels.row_update.op import (
+    TouchedRows,
+    TouchedState,
+    add_scaled_,
+    lazy_adam_,
+    momentum_,
+    partial_rowwise_adam_,
+    rowwise_adagrad_,
+    sgd_,
+)
 
-__all__ = ["lazy_adam_", "rowwise_adagrad_"]
+__all__ = [
+    "TouchedRows",
+    "TouchedState",
+    "add_scaled_",
+    "lazy_adam_",
+    "momentum_",
+    "partial_rowwise_adam_",
+    "rowwise_adagrad_",
+    "sgd_",
+]

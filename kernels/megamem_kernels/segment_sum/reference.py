@@ -6,12 +6,17 @@ import torch
 from torch import Tensor
 
 
-def segment_sum(values: Tensor, segment: Tensor, segments: int) -> Tensor:
-    """``result[k]`` is the sum of ``values[i]`` over ``segment[i] == k``, added one by one for ascending ``i``.
+def segment_sum(
+    values: Tensor, segment: Tensor, segments: int, *, out: Tensor | None = None, accumulate: bool = False
+) -> Tensor:
+    """``result[k]`` is the sum of ``values[i]`` over ``segment[i] == k``, added one by one in fp32 for ascending ``i``.
 
-    ``values`` ``[n, width]``, ``segment`` ``[n]`` int64 in ``[0, segments)``; result ``[segments, width]``.
+    Arguments and result as in the op; ``accumulate`` starts from ``out`` in place of zeros.
     """
-    result = torch.zeros(segments, values.shape[1], dtype=values.dtype, device=values.device)
+    if out is None:
+        out = torch.zeros(segments, values.shape[1], device=values.device)
+    elif not accumulate:
+        out.zero_()
     for i, k in enumerate(segment.tolist()):
-        result[k] += values[i]
-    return result
+        out[k] += values[i].float()
+    return out

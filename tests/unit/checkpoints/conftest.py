@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from megamem.memory.table import InitSegment, OwnedTable, TableSpec
 from megamem_checkpoints.checkpointer import Checkpointer
 from megamem_checkpoints.config import CheckpointConfig
+from megamem_kernels.formats import Field
+from megamem_kernels.rounding import quantize_rows
 
 ENGRAM = "decoder.layers.1.engram.table"
 BANK = "decoder.layers.0.bank.level1.table"
@@ -30,24 +33,35 @@ class Entry:
     is_copy: bool = False
 
 
-def owned_table(name: str, rows: int, width: int, *, seed: int, start: int = 0, stop: int | None = None) -> OwnedTable:
-    """A table whose every row and state is a function of ``seed`` and the row."""
+STATE = (Field("exp_avg", torch.float32, (4,)), Field("last_step", torch.int32, ()))
+
+
+def owned_table(
+    name: str, rows: int, width: int, *, seed: int, state_fields: tuple[Field, ...] = STATE, **options: Any
+) -> OwnedTable:
+    """A table whose every row and state is a function of ``seed`` and the logical row; ``options`` of its creation."""
     generator = torch.Generator().manual_seed(seed)
-    cut = slice(start, rows if stop is None else stop)
-    spec = TableSpec(name, rows, width, (InitSegment(width, 0.02),))
-    state = {
-        "exp_avg": torch.randn(rows, width, generator=generator)[cut].clone(),
-        "last_step": torch.randint(0, 99, (rows,), generator=generator)[cut].clone(),
-        "touched": torch.randint(0, 2, (rows,), generator=generator, dtype=torch.uint8)[cut].clone(),
+    values = {
+        "rows": torch.randn(rows, width, generator=generator),
+        "state.exp_avg": torch.randn(rows, 4, generator=generator),
+        "state.last_step": torch.randint(0, 99, (rows,), generator=generator, dtype=torch.int32),
+        "state.touched": torch.randint(0, 2, (rows,), generator=generator, dtype=torch.uint8),
     }
-    values = torch.randn(rows, width, generator=generator)[cut].clone()
-    return OwnedTable(spec, cut.start, cut.stop, values, state)
+    spec = TableSpec(name, rows, width, (InitSegment(width, 0.02),))
+    table = OwnedTable.create(spec, seed=seed, state_fields=state_fields, **options)
+    if table.committed or state_fields != STATE:
+        return table
+    logical = torch.from_numpy(table.placement.logical(np.arange(table.start, table.stop)))
+    fields = {field.name: field.allocate(len(logical)) for field in table.rows.fields}
+    quantize_rows(values.pop("rows")[logical].contiguous(), fields)
+    table.write(table.start, {**fields, **{key: value[logical] for key, value in values.items()}})
+    return table
 
 
 class MiniRun:
     """Everything that one process of a run hands to a checkpointer."""
 
-    def __init__(self, directory: Path, *, seed: int, hidden: int = 6, keep: int = 2) -> None:
+    def __init__(self, directory: Path, *, seed: int, hidden: int = 6, keep: int = 2, **tables: Any) -> None:
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -70,7 +84,10 @@ class MiniRun:
             Entry(f"{layer}.mlp.router.expert_bias", self.bias, slice(None), None),
             Entry("decoder.final_layernorm.weight", self.norm, slice(None), None),
         ]
-        self.tables = {ENGRAM: owned_table(ENGRAM, 53, 4, seed=seed), BANK: owned_table(BANK, 5, 9, seed=seed + 1)}
+        self.tables = {
+            ENGRAM: owned_table(ENGRAM, 53, 4, seed=seed, **tables),
+            BANK: owned_table(BANK, 5, 9, seed=seed + 1, **tables),
+        }
         self.meta: dict[str, Any] = {"seed": seed, "lr": 1e-3, "data": {"order": [1, 2]}, "losses": {"first": 10.25}}
         self.rng = {"tracker.model-parallel-rng": torch.arange(9, dtype=torch.uint8)}
         self.checkpointer = Checkpointer(directory, CheckpointConfig(keep=keep), groups=None)
@@ -106,7 +123,7 @@ class MiniRun:
             for key, value in self.states[id(entry.tensor)].items()
         }
         for name, table in self.tables.items():
-            named |= {f"{name}.{key}": value.clone() for key, value in {"rows": table.rows, **table.state}.items()}
+            named |= {f"{name}.{key}": value for key, value in table.read(table.start, table.stop).items()}
         return named
 
     def equals(self, other: dict[str, Tensor]) -> bool:

@@ -38,7 +38,7 @@ def test_every_verb_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> No
         ),
         (
             ["train", str(ROOT / "configs/quickstart.yaml"), "memory.optimizer.name=adagard"],
-            "memory.optimizer.name is 'adagard'; set one of: rowwise_adagrad, lazy_adam",
+            "memory.optimizer.name is 'adagard'; set one of: sgd, rowwise_adagrad, lazy_adam",
         ),
         (["train", "nowhere.yaml"], "no configuration at nowhere.yaml"),
         (

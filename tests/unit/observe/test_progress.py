@@ -13,6 +13,9 @@ STEP = {
     "grad_norm": 0.98765,
     "tokens_per_second": 12345.6,
     "memory_bytes": 3 * 2**29,
+    "lookups": 4096,
+    "unique_ratio": 0.2503,
+    "patch_ratio": 0.04,
     "stall_seconds": 0.012,
     "step_seconds": 0.4,
     "skipped": 0,
@@ -20,12 +23,15 @@ STEP = {
 
 
 def _console(**options):
-    return Console(file=io.StringIO(), width=150, **options)
+    return Console(file=io.StringIO(), width=180, **options)
 
 
 def test_a_step_reads_as_one_line():
     line = describe_step(STEP)
-    assert line == "loss 3.2199 · lr 1.00e-03 · norm 0.988 · tok/s 12.3k · mem 1.5 GiB · stall 12 ms (3%)"
+    assert line == (
+        "loss 3.2199 · lr 1.00e-03 · norm 0.988 · tok/s 12.3k · mem 1.5 GiB · unique 25% · patched 4% · stall 12 ms (3.0%)"
+    )
+    assert "unique" not in describe_step(STEP | {"lookups": 0})  # a model without tables
     assert describe_step({"loss": None, "lr": 0.1, "skipped": 1}) == "lr 1.00e-01 · SKIPPED"
     assert describe_step({"stall_seconds": 0.1, "step_seconds": 0.0}) == ""
 
@@ -58,7 +64,7 @@ def test_a_terminal_gets_a_live_line_with_events_above():
     text = console.file.getvalue()
     assert "checkpoint at step 4\n" in text
     last = text[text.rindex("step 5/10") :]
-    assert "loss 3.2199" in last and "stall 12 ms (3%)" in last and "eta 0:02" in last
+    assert "loss 3.2199" in last and "stall 12 ms (3.0%)" in last and "eta 0:02" in last
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor is hidden and comes back
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from megamem.errors import DataError, MegamemError
+from megamem.memory.access import AccessTrace
+from megamem.memory.stats import StepStats
 from megamem.observe.charts import Series, line_chart, smooth, thin
 from megamem.observe.journal import Journal, read_journal
 from megamem.observe.report import build_report, headlines, read_summary, summarize
@@ -159,6 +161,72 @@ def test_overtaken_steps_are_in_no_chart(run_dir):
     loss = re.search(r'<svg[^>]*aria-label="Loss".*?</svg>', html, re.S).group()
     assert loss.count("<circle") == 3 and loss.count('class="mark"') == 1
     assert 'aria-label="Auxiliary loss"' not in html and 'aria-label="Learning rate"' in html
+
+
+def _memory_run(path):
+    """Steps with every number of the memory, and the access statistics of two streams, one of them unread."""
+    trace, generator = AccessTrace(2000, sampled_rows=128), np.random.default_rng(0)
+    journal = Journal(path / "journal.jsonl")
+    journal.start(0, steps_done=0)
+    for step in range(1, 31):
+        ids, counts = np.unique(generator.zipf(1.3, 400) % 2000, return_counts=True)
+        trace.record(ids, counts)
+        stats = StepStats(lookups=400, unique_rows=len(ids), rows_received=100, patched_rows=5, stall_seconds=0.004)
+        stats.count_io("host", "read", rows=len(ids), nbytes=64 * len(ids))
+        stats.count_io("disk", "written", rows=len(ids), nbytes=128 * len(ids))
+        stats.resident_bytes = {"host": 2**30, "disk": 2**32}
+        journal.write("step", step, loss=4.0, step_seconds=0.1, **stats.as_dict())
+        if step == 10:
+            journal.write("access", step, rank=0, streams={"early": trace.summary()})
+    journal.write("access", 30, rank=0, streams={"layer <1>": trace.summary(), "unread": AccessTrace(5).summary()})
+    journal.close()
+    return trace.summary()
+
+
+def test_memory_traffic_is_charted_by_tier(tmp_path):
+    _memory_run(tmp_path)
+    html = build_report(tmp_path).read_text()
+    text = "\n".join(_Page(html).text)
+    svgs = dict(re.findall(r'<svg[^>]*aria-label="([^"]*)"(.*?)</svg>', html, re.S))
+    assert svgs["Waiting for tables (% of the step)"].count("<path") == 1
+    assert svgs["Unique and patched rows (%)"].count("<path") == 2
+    for title in ("Rows read and written per step, by tier", "MiB read and written per step, by tier"):
+        assert svgs[title].count("<path") == 2
+    assert svgs["Tables and their state (GiB), by tier"].count("<path") == 2
+    assert "Bytes received by the exchange" not in svgs
+    for name in ("host, read", "disk, written", "unique, of the rows looked up", "patched, of the rows fetched"):
+        assert name in text
+    summary = summarize(read_journal(tmp_path / "journal.jsonl"))
+    assert summary["patch_ratio"] == 0.05 and summary["stall_share"] == pytest.approx(0.04)
+    assert {h.label: h.note for h in headlines(summary)}["Unique rows"].endswith("5.0% patched before use")
+
+
+def test_access_statistics_are_shown_per_stream(tmp_path):
+    summary = _memory_run(tmp_path)
+    html = build_report(tmp_path).read_text()
+    section = _Page(html).section("Access to the tables")
+    assert "layer <1>" in section and "unread" not in section and "early" not in section
+    assert "30 steps made 12k lookups" in section and "Estimated from one row in" in section
+    curve = summary["hit_rate"]
+    at_one_percent = 100 * np.interp(20, curve["rows"], curve["steps"])
+    assert f"1 % of the table is 20 rows and holds {at_one_percent:.1f} %" in section
+    charts = dict(re.findall(r'<svg[^>]*aria-label="([^"]*)"(.*?)</svg>', html, re.S))
+    hit_rate = charts["Hit rate (%) against the size of a cache (rows)"]
+    assert hit_rate.count("<path") == 2 and "nan" not in hit_rate
+    hottest = charts["Lookups (%) that go to the hottest rows"]
+    assert hottest.count("<circle") == len(summary["hot_rows"]["rows"])
+    heat = charts["Rows by number of lookups"]
+    assert heat.count("<circle") == np.count_nonzero(summary["heat"]["rows"]) and "nan" not in heat
+
+
+def test_logarithmic_axes_place_values_by_their_logarithm():
+    x, y = np.array([1.0, 10.0, 100.0, 10_000.0]), np.array([0.0, 1.0, 2.0, 4.0])
+    svg = str(line_chart("t", [Series("a", x, y, style="points")], size=(262, 136), from_zero=True, log_x=True))
+    points = [float(value) for value in re.findall(r'cx="([\d.]+)"', svg)]
+    assert points == pytest.approx([52, 102, 152, 252])
+    assert re.findall(r"tick middle[^>]*>([^<]+)<", svg) == ["1", "10", "100", "1k", "10k"]
+    small = str(line_chart("t", [Series("a", x, y / 4000)], from_zero=True))
+    assert re.findall(r"tick end[^>]*>([^<]+)<", small)[1] == "2.5e-4"  # a longer one would leave the picture
 
 
 def test_empty_sections_are_left_out(tmp_path):
