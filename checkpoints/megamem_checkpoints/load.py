@@ -75,9 +75,14 @@ def load(
                 put_state(tensor, {name: state.to(tensor.device) for name, state in states.items()})
             else:
                 tensor.copy_(states[dense.MASTER])
-    for name, table in owned.items():
-        record = reader.manifest.tables[name]
-        ranks.together(partial(tables.restore, path, record, table, state=optimizer_state, label=reader.label))
+
+    def restore_tables() -> None:
+        for name, table in owned.items():
+            record = reader.manifest.tables[name]
+            tables.restore(path, record, table, state=optimizer_state, label=reader.label)
+
+    # Once for all: pipeline stages own different numbers of tables, and every call is collective.
+    ranks.together(restore_tables)
     return {"step": reader.step, "meta": reader.meta, "rng": _restore_rng(reader, ranks) if optimizer_state else {}}
 
 

@@ -74,6 +74,10 @@ class Timing:
         return statistics.median(self.seconds)
 
 
+_PAUSE = 0.02
+"""Seconds before each run: OpenMP's threads of the contender before spin for a while, on cores that the next one needs."""
+
+
 def measure(case: Case, rounds: int) -> list[Timing]:
     """Time every contender of a case in ``rounds`` alternating rounds after one that is not counted.
 
@@ -84,6 +88,7 @@ def measure(case: Case, rounds: int) -> list[Timing]:
     for _ in range(rounds):
         for timing in timings:
             if not timing.missing:
+                time.sleep(_PAUSE)
                 began = clock()
                 timing.contender.run()
                 timing.seconds.append(clock() - began)

@@ -128,7 +128,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     optimizer = RowOptimizerConfig(name=arguments.optimizer)  # type: ignore[arg-type]
     groups = parallel_groups.initialize(Layout(world_size=arguments.ranks), seed=1)
     steps = 10_000
-    shape = (1, arguments.seq_length, HEADS * len(ORDERS))
+    shape = (arguments.seq_length, 1, HEADS * len(ORDERS))
     common: dict[str, Any] = {
         "seq_length": arguments.seq_length,
         "micro_batches": 2,
@@ -152,6 +152,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
     # Prefetching off is the same trainer and the same tables, with nothing submitted ahead.
     seconds: dict[str, list[float]] = {"no table": [], "prefetch on": [], "prefetch off": []}
     stalls: dict[str, list[float]] = {name: [] for name in seconds}
+    rows: dict[str, dict[str, float]] = {}
     for _ in range(arguments.blocks):
         for form in seconds:
             trainer, recorder = trainers["no table" if form == "no table" else "prefetch on"]
@@ -163,6 +164,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
             for metrics in recorder.steps[-arguments.block_steps :]:
                 seconds[form].append(metrics["step_seconds"])
                 stalls[form].append(metrics["stall_seconds"])
+                rows[form] = {key: metrics[key] for key in ("unique_ratio", "patch_ratio", "rows_received")}
     working = sum(slot.rows.nbytes for slot in engine._slots)
     return {
         "seconds": seconds,
@@ -170,8 +172,7 @@ def measure(arguments: Arguments) -> dict[str, Any]:
         "table_bytes": tables,
         "working_set_bytes": working,
         "rss_growth": peak_rss() - before,
-        "unique_ratio": engine.stats["unique_ratio"],
-        "patch_ratio": engine.stats["patch_ratio"],
+        "rows": rows["prefetch on"],
         "parameters": sum(parameter.numel() for parameter in trainers["no table"][0].model.parameters()),
     }
 
@@ -192,8 +193,9 @@ def main() -> None:
         table.add_row(form, f"{min(values):.3f}", f"{middle:.3f}", f"{overhead:+.1%}", f"{stall:.2%}")
     Console().print(
         f"{first['parameters'] / 1e6:.0f} M parameters, {arguments.ranks} ranks, tables and state "
-        f"{sum(r['table_bytes'] for r in results) / 2**30:.1f} GiB, unique ratio {first['unique_ratio']:.2f}, "
-        f"patch ratio {first['patch_ratio']:.2f}"
+        f"{sum(r['table_bytes'] for r in results) / 2**30:.1f} GiB, unique ratio {first['rows']['unique_ratio']:.2f}, "
+        f"patch ratio {first['rows']['patch_ratio']:.3f}; growth of the resident set over tables and working sets: "
+        + ", ".join(f"{r['rss_growth'] / (r['table_bytes'] + r['working_set_bytes']):.3f}" for r in results)
     )
     Console().print(table)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

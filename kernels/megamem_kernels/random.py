@@ -15,7 +15,9 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from numba import njit, uint64
+from numba import uint64
+
+from megamem_kernels.jit import njit
 
 GOLDEN = 0x9E3779B97F4A7C15
 _GOLDEN = np.uint64(GOLDEN)

@@ -21,6 +21,10 @@ from megamem.memory.engine import MemoryEngine
 from megamem.memory.links import create_links
 from megamem.memory.optimizers import build_row_optimizer
 from megamem.memory.streams import Stream, build_streams
+from megamem.memory.table import TOUCHED
+from megamem.memory.tiers.base import record_bytes
+from megamem.memory.tiers.disk import DISK_INDEX_BYTES
+from megamem.memory.tiers.limits import available_host_bytes
 from megamem.models.canonical import CanonicalEntry, canonical_entries
 from megamem.models.gpt import build_model
 from megamem.parallel.groups import Groups
@@ -89,6 +93,13 @@ class Parts:
     validation: TokenLoader | None
     checkpointer: Checkpointer
 
+    def close(self) -> None:
+        """End the threads, and release tables and their files."""
+        self.loader.close()
+        if self.validation is not None:
+            self.validation.close()
+        self.memory.close()
+
 
 def fold_of(config: RunConfig, data: PreparedData) -> np.ndarray | None:
     """The canonical id of every token when ``memory.engram.fold_tokens`` is on."""
@@ -128,7 +139,22 @@ def build_parts(config: RunConfig, data: PreparedData, groups: Groups) -> Parts:
         fold=fold_of(config, data),
         seed=train.seed,
     )
-    check_host_memory(config.memory, streams, owners=layout.stage_size)
+    check_host_memory(config.memory, streams, owners=layout.stage_size, device=groups.device)
+    splits: list[Literal["train", "validation"]] = ["train", "validation"] if train.eval_batches else ["train"]
+    loaders = [
+        build_loader(
+            data,
+            split=split,
+            seq_length=config.data.seq_length,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            dp_rank=place.dp,
+            dp_size=layout.dp,
+            seed=train.seed,
+            levels=config.memory.bank.levels if config.memory.bank.enabled else 0,
+        )
+        for split in splits
+    ]
     set_threads(config.memory.threads or kernel_threads())
     memory = MemoryEngine(
         streams,
@@ -142,19 +168,6 @@ def build_parts(config: RunConfig, data: PreparedData, groups: Groups) -> Parts:
         tp_size=layout.tp,
     )
 
-    def loader(split: Literal["train", "validation"]) -> TokenLoader:
-        return build_loader(
-            data,
-            split=split,
-            seq_length=config.data.seq_length,
-            global_batch_size=train.global_batch_size,
-            micro_batch_size=train.micro_batch_size,
-            dp_rank=place.dp,
-            dp_size=layout.dp,
-            seed=train.seed,
-            levels=config.memory.bank.levels if config.memory.bank.enabled else 0,
-        )
-
     return Parts(
         config=config,
         data=data,
@@ -163,8 +176,8 @@ def build_parts(config: RunConfig, data: PreparedData, groups: Groups) -> Parts:
         zero=zero,
         memory=memory,
         entries=canonical_entries(model, groups),
-        loader=loader("train"),
-        validation=loader("validation") if train.eval_batches else None,
+        loader=loaders[0],
+        validation=loaders[1] if train.eval_batches else None,
         checkpointer=Checkpointer(config.run_dir / "checkpoints", config.checkpoint, groups=groups),
     )
 
@@ -174,22 +187,34 @@ def kernel_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def check_host_memory(memory: MemoryConfig, streams: Sequence[Stream], *, owners: int) -> None:
-    """ConfigError where the host share of this stage's tables, spread over ``owners``, cannot fit into this machine."""
+def check_host_memory(memory: MemoryConfig, streams: Sequence[Stream], *, owners: int, device: torch.device) -> None:
+    """ConfigError where what this stage's tables, spread over ``owners``, want of host memory is not free in this machine.
+
+    To be called before any rank of the node has allocated its tables.
+    """
     state = build_row_optimizer(memory.optimizer)
-    total = 0
+    tiers = {"host"} if device.type == "cuda" else {"host", "device"}
+    bytes_of_owner, records_on_disk = 0.0, 0.0
     for spec in (spec for stream in streams for spec in stream.tables):
         storage = memory.storage_of(spec.name)
-        row = sum(field.nbytes for field in row_fields(storage.format, spec.width)) * (storage.tier == "host")
-        row += sum(field.nbytes for field in state.state_fields(spec.width)) * (storage.tier_of_state == "host")
-        total += spec.rows * row
-    needed = total / owners * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / 2**30
-    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    if needed > present:
+        parts = (
+            (storage.tier, row_fields(storage.format, spec.width)),
+            (storage.tier_of_state, (*state.state_fields(spec.width), TOUCHED)),
+        )
+        for tier, fields in parts:
+            if tier in tiers:
+                bytes_of_owner += spec.rows * record_bytes(fields) / owners
+            elif tier == "disk":
+                records_on_disk += spec.rows / owners
+    if records_on_disk:
+        bytes_of_owner += memory.disk.cache_gib * 2**30 + records_on_disk * DISK_INDEX_BYTES
+    needed = bytes_of_owner * min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), owners) / 2**30
+    free = available_host_bytes() / 2**30
+    if needed > free:
         raise ConfigError(
-            f"memory tables and their optimizer state take {needed:,.0f} GiB and this machine has {present:,.0f} GiB; set "
-            "memory.storage.tier=disk or state_tier=disk, lower memory.engram.rows_per_head or width, memory.bank.units or "
-            "branching, or use more machines"
+            f"memory tables and their optimizer state want {needed:,.1f} GiB of host memory and {free:,.1f} GiB are free in "
+            "this machine; set memory.storage.tier=disk or state_tier=disk, lower memory.disk.cache_gib, "
+            "memory.engram.rows_per_head or width, memory.bank.units or branching, or use more machines"
         )
 
 
@@ -225,10 +250,13 @@ def check_start(config: RunConfig) -> None:
         compare_models(CheckpointReader(path).meta, {"config": to_dict(config)})
 
 
-def check_ranks_agree(parts: Parts) -> None:
-    """ConfigError on every rank where one of them has another configuration or other data; nodes may hold copies of both."""
+def check_ranks_agree(config: RunConfig, data: PreparedData) -> None:
+    """ConfigError on every rank where one of them has another configuration or other data; nodes may hold copies of both.
+
+    Comes before all that is collective: what ranks do together follows from their configuration.
+    """
     seen: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, {"settings": to_dict(parts.config), "data": parts.loader.state_dict()})
+    dist.all_gather_object(seen, {"settings": to_dict(config), "data": {"fingerprint": data.fingerprint}})
     for rank, other in enumerate(seen):
         difference = first_difference(seen[0], other)
         if difference is not None:
@@ -258,8 +286,10 @@ def check_same_run(config: RunConfig) -> None:
 
 
 def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run this run: where and how its rows are kept and fetched changes no result, and may change."""
-    memory = {name: settings["memory"][name] for name in ("engram", "bank", "optimizer")}
+    """What makes a run this run. On which tier its rows are and how they are fetched changes no result, and may change."""
+    memory = {name: settings["memory"][name] for name in ("engram", "bank", "optimizer", "staleness")}
+    memory["format"] = settings["memory"]["storage"]["format"]
+    memory["formats"] = [[entry["match"], entry["format"]] for entry in settings["memory"]["tables"]]
     return {"model": settings["model"], "memory": memory, "data": settings["data"]}
 
 

@@ -36,7 +36,8 @@ from megamem_launch.validate import validate
 def pretrain(config: RunConfig) -> Path:
     """Train, or go on where the run stopped, on this rank; returns the directory of the run.
 
-    Everything that a user can get wrong is checked before the process group exists. Errors are MegamemError subclasses.
+    What a user can get wrong is checked before the process group exists, unless it takes the other ranks or the state of the
+    machine to see it. Errors are MegamemError subclasses.
     """
     rank = int(os.environ.get("RANK", "0"))
     layout = validate(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -48,7 +49,10 @@ def pretrain(config: RunConfig) -> Path:
             stack.enter_context(writer_lock(config.run_dir, doing="training"))
         parallel_groups.init_distributed()
         try:
-            _train(build_parts(config, data, parallel_groups.initialize(layout, seed=config.train.seed)), rank)
+            groups = parallel_groups.initialize(layout, seed=config.train.seed)
+            check_ranks_agree(config, data)
+            with contextlib.closing(build_parts(config, data, groups)) as parts:
+                _train(parts, rank)
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
@@ -68,7 +72,6 @@ def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 def _train(parts: Parts, rank: int) -> None:
     config = parts.config
-    check_ranks_agree(parts)
     progress, guard_state = _restore(parts)
     if progress.step >= config.train.steps and (config.run_dir / "summary.json").exists():
         if rank == 0:
@@ -101,11 +104,6 @@ def _train(parts: Parts, rank: int) -> None:
     except BaseException:
         observer.finish("FAILED", trainer.progress.step)
         raise
-    finally:
-        parts.loader.close()
-        if parts.validation is not None:
-            parts.validation.close()
-        parts.memory.close()
     observer.finish("FINISHED", trainer.progress.step)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 from megamem.errors import ConfigError
+from megamem.memory.names import table_names
+from megamem.memory.placement import MAX_ROWS
 from megamem.models.checks import check_model
 from megamem.parallel.layout import Layout
 from megamem_launch.config import RunConfig
@@ -43,8 +47,17 @@ def _check_memory(config: RunConfig) -> None:
     vocab = config.model.vocab_size
     if memory.engram.layers and vocab and memory.engram.pad_id >= vocab:
         raise ConfigError(f"memory.engram.pad_id={memory.engram.pad_id} is not a token; set -1 or less than {vocab}")
-    if memory.bank.enabled and memory.bank.branching**memory.bank.levels >= 2**62:
-        raise ConfigError("memory.bank.branching ** levels exceeds 64-bit row ids; set fewer levels or children")
+    if memory.bank.enabled and memory.bank.branching**memory.bank.levels >= MAX_ROWS:
+        raise ConfigError(
+            f"memory.bank.branching ** levels exceeds the {MAX_ROWS} rows that a table may have; set fewer levels or children"
+        )
+    tables = table_names(config.model, memory)
+    for entry in memory.tables:
+        if not any(fnmatchcase(table, entry.match) for table in tables):
+            raise ConfigError(
+                f"memory.tables has match={entry.match}, which fits none of the tables {', '.join(tables) or '(none)'}; "
+                "set a name or pattern of these"
+            )
 
 
 def _check_schedule(config: RunConfig) -> None:

@@ -18,8 +18,9 @@ import threading
 from typing import Any
 
 import numpy as np
-from numba import njit, uint64
+from numba import uint64
 
+from megamem_kernels.jit import njit
 from megamem_kernels.random import mix64
 
 _SAMPLED_ROWS = 2**16

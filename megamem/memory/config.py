@@ -126,7 +126,9 @@ class RowOptimizerConfig:
             raise ConfigError(
                 f"final_lr_multiplier is {self.final_lr_multiplier}; set 0 or more, or -1 for a constant one"
             )
-        above_zero(self, "epsilon", "clip_norm")
+        above_zero(self, "clip_norm")
+        if self.epsilon < 1e-30:
+            raise ConfigError(f"epsilon is {self.epsilon}; set 1e-30 or more, which is not lost in fp32")
         at_least(self, 0, "lr_multiplier", "weight_decay")
 
 
@@ -163,7 +165,8 @@ class DiskConfig:
     path: str = ""
     """Directory on a local disk of each node, without the run's name; empty puts the files under the directory of the run."""
     cache_gib: float = 1.0
-    """Host memory of one rank for cached rows and state of all its disk tables together."""
+    """Host memory of one rank for cached rows and state of all its disk tables together; an index of 5 bytes for each row, and as
+    much for its state, comes on top."""
     queue_depth: int = 16
     """Reads and writes that are under way at a time."""
 
@@ -195,7 +198,8 @@ class MemoryConfig:
     hierarchical: Literal["auto", "on", "off"] = "auto"
     """Exchange within a node first, then once per row between nodes; ``auto``: where the memory group spans nodes."""
     transport: Literal["auto", "gloo", "nccl"] = "auto"
-    """What carries rows and gradients; ids and counts go by gloo. ``auto``: nccl where there is a CUDA device."""
+    """What carries rows and gradients; ids and counts go by gloo. ``nccl`` needs ``prefetch_depth=0``: collectives of two threads
+    have no common order on a device. ``auto``: nccl where it can be, else gloo."""
     host_memory: Literal["private", "shared"] = "private"
     """Host tables in anonymous memory or in ``/dev/shm``; both with transparent huge pages where the system grants them."""
     host_gather: Literal["auto", "cpu", "uva"] = "auto"
@@ -213,6 +217,12 @@ class MemoryConfig:
             raise ConfigError(
                 f"staleness is {self.staleness}, but rows are never read more than prefetch_depth={self.prefetch_depth} "
                 "steps ahead; set at most that"
+            )
+
+        if self.transport == "nccl" and self.prefetch_depth:
+            raise ConfigError(
+                f"transport is nccl, which cannot run beside the model's own collectives as prefetch_depth="
+                f"{self.prefetch_depth} wants; set transport=gloo or prefetch_depth=0"
             )
 
     def storage_of(self, table: str) -> StorageConfig:

@@ -19,7 +19,7 @@ from megamem.memory.access import AccessTrace
 from megamem.memory.buffers import Buffers
 from megamem.memory.config import MemoryConfig
 from megamem.memory.exchange import Exchange
-from megamem.memory.fences import SideStream
+from megamem.memory.fences import Fence, SideStream
 from megamem.memory.host_gather import reads_through_bus
 from megamem.memory.links import MemoryLinks
 from megamem.memory.optimizers import build_row_optimizer
@@ -107,27 +107,30 @@ class MemoryEngine:
                     placement=Placement(memory.placement, spec.rows),
                     resources=resources,
                 )
+            self._exchange = Exchange(
+                self._streams,
+                self._tables,
+                group,
+                row_group=links.row_group,
+                wire_device=links.wire_device,
+                verify=memory.verify,
+                nodes=links.nodes,
+                uva=reads_through_bus(memory, list(self._tables.values()), self._device),
+            )
         except BaseException:
             self._close_tables()
             raise
-        self._exchange = Exchange(
-            self._streams,
-            self._tables,
-            group,
-            row_group=links.row_group,
-            wire_device=links.wire_device,
-            verify=memory.verify,
-            nodes=links.nodes,
-            uva=reads_through_bus(memory, list(self._tables.values()), self._device),
-        )
         self._traces = {stream.name: AccessTrace(stream.rows) for stream in self._streams}
         self._worker = Worker(threaded=memory.prefetch_depth > 0)
         self._side = SideStream(self._device)
+        self._clipped = Fence(self._device)
         # With stale rows a step may begin while the update before it still reads its gradients.
         shared = Buffers(self._device) if memory.staleness == 0 else None
         self._slots = [Slot(self._device, shared) for _ in range(memory.prefetch_depth + 1)]
         self._ahead: deque[Ticket] = deque()
         """Training steps that were submitted and not taken, in order."""
+        self._open: int | None = None
+        """The training step that was taken and neither applied nor discarded."""
         self._updates = 0
         self._written: dict[str, float] = {"update_seconds": 0.0}
         self._stats = StepStats()
@@ -155,11 +158,14 @@ class MemoryEngine:
         """The rows of a submitted step, with every update that came before it (``memory.staleness`` fewer).
 
         Raises:
-            ValueError: an earlier training step was not taken, or rows of an evaluation were updated since its submission.
+            ValueError: an earlier training step was not taken, or is neither applied nor discarded; or rows of an evaluation
+                were updated since its submission.
             MegamemError: what went wrong in the background, on this rank or another.
         """
         if ticket.train and (not self._ahead or self._ahead[0] is not ticket):
             raise ValueError(f"step {ticket.step} is not the next of steps {[ahead.step for ahead in self._ahead]}")
+        if ticket.train and self._open is not None:
+            raise ValueError(f"step {self._open} is not over; apply or discard it before step {ticket.step} is taken")
         if not ticket.train and ticket.updates != self._updates:
             raise ValueError(f"rows were updated since the evaluation step {ticket.step} was submitted")
         with ticket.stats.timed("stall_seconds"):
@@ -169,6 +175,7 @@ class MemoryEngine:
         slot.move(State.IN_USE)
         if ticket.train:
             self._ahead.popleft()
+            self._open = ticket.step
             for name, rows in ticket.working_sets.items():
                 gradient = slot.gradients.get(name, tuple(rows.shape), rows.dtype)
                 rows.requires_grad_().grad = gradient.zero_()
@@ -209,18 +216,22 @@ class MemoryEngine:
             lr: Learning rate of rows.
             step: Number of this optimizer step, counted from 1, skipped ones left out.
         """
+        self._close_step()
         self._updates += 1
+        self._clipped.set()
         self._worker.submit(partial(self._update, gradients, tuple(self._ahead), lr, step))
         self._patch_next()
 
     def discard(self, gradients: RowGradients) -> None:
         """End a step that must not count: ``gradients`` are forgotten."""
+        self._close_step()
         gradients.values.clear()
         self._patch_next()
 
     def synchronize(self) -> None:
         """Return when everything submitted so far is done, and tables hold every update; raises what went wrong."""
         self._worker.wait()
+        self._side.synchronize()
 
     @property
     def tables(self) -> dict[str, OwnedTable]:
@@ -304,6 +315,11 @@ class MemoryEngine:
                 counts += np.bincount(inverse.reshape(-1), minlength=len(plan.ids))
             self._traces[name].record(plan.ids, counts)
 
+    def _close_step(self) -> None:
+        if self._open is None:
+            raise ValueError("no step is open: its gradients were applied or discarded before")
+        self._open = None
+
     def _patch_next(self) -> None:
         """Bring rows that were fetched ahead up to date: those of the step that may miss only the next updates."""
         if len(self._ahead) > self._staleness:
@@ -339,6 +355,20 @@ class MemoryEngine:
     def _update(self, gradients: RowGradients, ahead: tuple[Ticket, ...], lr: float, step: int) -> None:
         began = time.perf_counter()
         written = StepStats()
+        with self._side.use():
+            self._clipped.wait()
+            self._update_tables(gradients, written, lr, step)
+        for stream in self._streams:
+            # Tables of a stream are touched together, because they share addresses.
+            for ticket in ahead:
+                ticket.requests.mark(stream.name, gradients.rows[stream.tables[0].name])
+        written.update_seconds = time.perf_counter() - began
+        # Assigned at once: the training loop may read it at any time.
+        self._written = {
+            key: value for key, value in written.as_dict().items() if "written/" in key or key == "update_seconds"
+        }
+
+    def _update_tables(self, gradients: RowGradients, written: StepStats, lr: float, step: int) -> None:
         for stream in self._streams:
             for spec in stream.tables:
                 table, touched = self._tables[spec.name], gradients.rows[spec.name]
@@ -346,12 +376,6 @@ class MemoryEngine:
                 for store, tier in ((table.rows, table.storage.tier), (table.state, table.storage.tier_of_state)):
                     nbytes = len(touched) * record_bytes(store.fields)
                     written.count_io(tier, "written", rows=len(touched), nbytes=nbytes)
-            # Tables of a stream are touched together, because they share addresses.
-            for ticket in ahead:
-                ticket.requests.mark(stream.name, gradients.rows[stream.tables[0].name])
-        written.update_seconds = time.perf_counter() - began
-        self._written = {key: value for key, value in written.as_dict().items() if "written/" in key}
-        self._written["update_seconds"] = written.update_seconds
 
     def _micros(self, ticket: Ticket) -> tuple[MicroMemory, ...]:
         plan = ticket.plan

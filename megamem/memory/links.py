@@ -37,9 +37,9 @@ def create_links(layout: Layout, memory: MemoryConfig, device: torch.device) -> 
         ConfigError: ``memory.transport`` is nccl without a CUDA device, or ``memory.hierarchical`` is on where the memory
             groups are not made of whole nodes of equally many ranks.
     """
+    backend = _row_backend(memory, device)
     if layout.world_size == 1:
         return MemoryLinks()
-    backend = _row_backend(memory, device)
     timeout = timedelta(seconds=memory.timeout_seconds)
     stages = [layout.memory_group(stage) for stage in range(layout.pp)]
     link: dict[str, dist.ProcessGroup] = {}
@@ -59,7 +59,9 @@ def create_links(layout: Layout, memory: MemoryConfig, device: torch.device) -> 
 def _row_backend(memory: MemoryConfig, device: torch.device) -> str | None:
     if memory.transport == "nccl" and device.type != "cuda":
         raise ConfigError("memory.transport is nccl, which carries CUDA tensors alone; set gloo or auto on the CPU")
-    return "nccl" if memory.transport != "gloo" and device.type == "cuda" else None
+    # Prefetching exchanges rows while the training loop's collectives run, in an order that differs from rank to rank: NCCL
+    # may then wait for ever.
+    return "nccl" if memory.transport != "gloo" and device.type == "cuda" and not memory.prefetch_depth else None
 
 
 def _ranks_per_node(memory: MemoryConfig, stages: list[list[int]]) -> int | None:

@@ -290,7 +290,9 @@ def sinkhorn_scales(matrix: Tensor, *, iterations: int, group: dist.ProcessGroup
         peak = torch.where(peak > 0, peak, 1.0)
         squares = column_squares(matrix, rows, columns / peak, bits=bits)
         squares = torch.from_numpy(total(squares.cpu().numpy(), "sum")).to(columns.device)
-        columns /= peak * (squares.double() * 2.0**-bits).sqrt() + _EPSILON
+        norms = peak * (squares.double() * 2.0**-bits).sqrt()
+        # A column of zeros stays one whatever its scale, which must not grow without end.
+        columns = torch.where(norms > 0, columns / (norms + _EPSILON), columns)
     return rows, columns
 
 

@@ -16,7 +16,8 @@ import numpy as np
 PlacementName = Literal["contiguous", "scrambled"]
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
-_MAX_ROWS = 2**41
+MAX_ROWS = 2**41
+"""Rows that a table may have: products of two row ids in halves stay inside int64."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Placement:
     """``position = row * multiplier % rows``; 1 where nothing is scrambled. Recorded in checkpoints; 0 chooses it."""
 
     def __post_init__(self) -> None:
-        if self.rows > _MAX_ROWS:
-            raise ValueError(f"a table of {self.rows} rows: more than {_MAX_ROWS} have no placement")
+        if self.rows > MAX_ROWS:
+            raise ValueError(f"a table of {self.rows} rows: more than {MAX_ROWS} have no placement")
         if not self.multiplier:
             object.__setattr__(self, "multiplier", _multiplier(self.rows) if self.name == "scrambled" else 1)
         if math.gcd(self.multiplier, self.rows) != 1:

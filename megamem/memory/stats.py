@@ -26,7 +26,7 @@ class StepStats:
     patched_rows: int = 0
     """Rows of the working sets that were fetched ahead, updated by their owner since, and brought up to date before use."""
     stale_rows: int = 0
-    """Rows of the working sets that were used without an update that was made before (``memory.staleness``)."""
+    """Rows of this owner that ranks used without an update that was made before (``memory.staleness``)."""
     plan_seconds: float = 0.0
     """Addressing and de-duplication."""
     fetch_seconds: float = 0.0

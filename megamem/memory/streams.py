@@ -13,6 +13,7 @@ from megamem.errors import ConfigError, DataError
 from megamem.memory.config import BankConfig, EngramConfig, MemoryConfig
 from megamem.memory.folding import folded_vocab_size
 from megamem.memory.hashing import HashSpec, hash_specs
+from megamem.memory.names import bank_stream_name, bank_table_name, engram_stream_name, engram_table_name
 from megamem.memory.table import InitSegment, TableSpec
 from megamem.models.config import ModelConfig
 from megamem_kernels.ngram_hash import ngram_hash
@@ -33,26 +34,6 @@ class Stream(Protocol):
         same for a sequence under every layout and in every micro-batch.
         """
         ...
-
-
-def engram_stream_name(layer: int) -> str:
-    """Stream of one Engram layer (zero-based)."""
-    return f"decoder.layers.{layer}.engram"
-
-
-def engram_table_name(layer: int) -> str:
-    """Table of one Engram layer: ``[rows, width]``."""
-    return f"{engram_stream_name(layer)}.table"
-
-
-def bank_stream_name(level: int) -> str:
-    """Stream of one bank level (counted from 1)."""
-    return f"bank.level{level}"
-
-
-def bank_table_name(layer: int, level: int) -> str:
-    """Table of one bank level in one layer: ``[branching ** level + 1, 3 * units * hidden_size]``."""
-    return f"decoder.layers.{layer}.bank.level{level}.table"
 
 
 class EngramStream:

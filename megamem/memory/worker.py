@@ -26,7 +26,7 @@ class Worker:
 
     def submit(self, job: Callable[[], T]) -> Future[T]:
         """Queue ``job``; its result, or the first error of any job, is in the future."""
-        if self._pool is None:
+        if self._pool is None or self._error is not None:
             future: Future[T] = Future()
             try:
                 future.set_result(self._run(job))
@@ -39,13 +39,14 @@ class Worker:
 
     def wait(self) -> None:
         """Return when every submitted job has ended; raises the first error of any."""
-        if self._last is not None:
+        if self._last is not None and not self._last.cancelled():
             self._last.exception()
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """Let the job that runs end, and drop the others. Idempotent."""
+        """Let the job that runs end, and drop the others; later ones are refused. Idempotent."""
+        self._error = self._error or ValueError("the memory engine is closed")
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megamem.memory.config import BankConfig
-from megamem.memory.streams import bank_stream_name, bank_table_name
+from megamem.memory.names import bank_stream_name, bank_table_name
 from megamem.models.micro import MicroContext
 from megamem.models.sequence import SequenceSlice
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megamem.memory.config import EngramConfig
-from megamem.memory.streams import engram_stream_name, engram_table_name
+from megamem.memory.names import engram_stream_name, engram_table_name
 from megamem.models.micro import MicroContext
 from megamem.models.norm import RMSNorm
 from megamem.models.sequence import SequenceSlice

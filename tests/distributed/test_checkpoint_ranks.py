@@ -81,7 +81,10 @@ class ShardedRun:
             if here and (".experts." not in name or int(name.split(".")[5]) * layout.ep // EXPERTS == where.ep):
                 self._add(name)
         self.tables = {
-            f"decoder.layers.{i}.engram.table": self._table(f"decoder.layers.{i}.engram.table") for i in layers
+            # Both in the second layer: with two stages the first one has no table.
+            name: self._table(name)
+            for name in ("decoder.layers.1.engram.table", "decoder.layers.1.bank.level1.table")
+            if 1 in layers
         }
 
     def _add(self, name: str) -> None:

@@ -41,7 +41,7 @@ def train(overrides: list[str], data_path: str) -> tuple[list[tuple[float, ...]]
     for entry in parts.entries:
         state[entry.name] = entry.local.clone()
     for table in parts.memory.tables.values():
-        state |= {f"{table.spec.name}/{name}": t.clone() for name, t in {"rows": table.rows, **table.state}.items()}
+        state |= {f"{table.spec.name}/{name}": t for name, t in table.read(table.start, table.stop).items()}
     parts.loader.close()
     if parts.validation is not None:
         parts.validation.close()

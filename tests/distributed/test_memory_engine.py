@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,32 @@ def test_prefetch_tier_and_placement_change_no_bit(row_format: str, tmp_path: Pa
         assert other_norms == norms, name
         for key, tensor in tensors.items():
             assert np.array_equal(tensor, other[key]), (name, key)
+
+
+@pytest.mark.parametrize(("depth", "staleness"), [(1, 1), (3, 2)])
+def test_stale_rows_are_the_same_in_every_run_and_counted(depth: int, staleness: int) -> None:
+    options = {"prefetch_depth": depth, "staleness": staleness}
+    first, second = (run_distributed(train, 2, config(**options)) for _ in range(2))
+    assert first[0][2] == second[0][2]
+    for key, tensor in whole(first).items():
+        assert np.array_equal(tensor, whole(second)[key]), key
+    assert sum(step["stale_rows"] for _, _, _, stats in first for step in stats) > 0
+    exact = run_distributed(train, 2, config(prefetch_depth=depth))
+    assert exact[0][2] != first[0][2], "stale rows change the numbers"
+
+
+def train_on_two_nodes(memory: MemoryConfig) -> Any:
+    """Four ranks that take themselves for two nodes of two."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    return train(memory)
+
+
+def test_two_hops_between_nodes_train_like_one() -> None:
+    flat = run_distributed(train, 4, config())
+    two, again = (run_distributed(train_on_two_nodes, 4, config(hierarchical="on")) for _ in range(2))
+    for key, tensor in whole(two).items():
+        np.testing.assert_allclose(tensor, whole(flat)[key], rtol=1e-5, atol=1e-5, err_msg=key)
+        assert np.array_equal(tensor, whole(again)[key]), key
+    synchronous = run_distributed(train_on_two_nodes, 4, config(hierarchical="on", prefetch_depth=0))
+    for key, tensor in whole(two).items():
+        assert np.array_equal(tensor, whole(synchronous)[key]), key

@@ -53,7 +53,7 @@ def poisoned_run(
     def state() -> list[torch.Tensor]:
         tensors = [e.tensor.detach() for e in parts.entries]
         for table in parts.memory.tables.values():
-            tensors += [table.rows, *table.state.values()]
+            tensors += [*table.rows.arrays.values(), *table.state.arrays.values()]
         return tensors
 
     before = [t.clone() for t in state()]
@@ -75,7 +75,7 @@ def poisoned_run(
     trainer.run()
     parts.loader.close()
     parallel_groups.destroy()
-    counted = {int(table.state["last_step"].max()) for table in parts.memory.tables.values()}
+    counted = {int(table.state.arrays["last_step"].max()) for table in parts.memory.tables.values()}
     return losses, events, unchanged, counted | {parts.zero.state_dict()["step"]}
 
 
@@ -87,4 +87,6 @@ def test_step_is_skipped_everywhere(victim: str, layout: list[str], prepared_tin
         assert counted == {4}
         assert unchanged == [False, False, True, False, False]
         assert len(losses) == 5 and all(loss == loss for loss in losses)
-        assert len(events) == 1 and events[0].startswith("skip 3 step 3 skipped on all ranks: the gradient norm is nan")
+        norm = {"table": "inf", "dense": "nan"}[victim]  # the sum over rows tells finite from not, and no more
+        assert len(events) == 1
+        assert events[0].startswith(f"skip 3 step 3 skipped on all ranks: the gradient norm is {norm}")

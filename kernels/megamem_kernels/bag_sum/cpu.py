@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import float32, njit
+from numba import float32
 
 from megamem_kernels.elements import load, store
+from megamem_kernels.jit import njit
 from megamem_kernels.parallel import for_ranges
 from megamem_kernels.prefetch import prefetch_row
 from megamem_kernels.segment_sum.cpu import Segments

@@ -6,10 +6,11 @@ import math
 
 import numpy as np
 import torch
-from numba import float32, njit
+from numba import float32
 from torch import Tensor
 
 from megamem_kernels.elements import elements, load, sigmoid, store
+from megamem_kernels.jit import njit
 from megamem_kernels.parallel import for_ranges
 
 BLOCK_ROWS = 64

@@ -6,11 +6,12 @@ import math
 
 import numpy as np
 import torch
-from numba import float32, njit
+from numba import float32
 from torch import Tensor
 
 from megamem_kernels.elements import elements, load, store
 from megamem_kernels.engram_gate.reference import MIN_SCORE
+from megamem_kernels.jit import njit
 from megamem_kernels.parallel import for_ranges
 
 BLOCK_ROWS = 64

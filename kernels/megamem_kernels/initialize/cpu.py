@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types, uint64
+from numba import types, uint64
 from numba.extending import intrinsic
 
+from megamem_kernels.jit import njit
 from megamem_kernels.random import row_key, word
 
 _ONE, _32 = np.uint64(1), np.uint64(32)

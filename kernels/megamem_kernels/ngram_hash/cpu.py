@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from megamem_kernels.jit import njit
 
 LEAST_PRIME = 1 << 14
 """Smaller primes take the integer remainder."""

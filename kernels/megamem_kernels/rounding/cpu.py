@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import int32, njit, uint8, uint16, uint32, uint64
+from numba import int32, uint8, uint16, uint32, uint64
 
 from megamem_kernels.formats import FP8_BLOCK, MAX_SCALE, MIN_SCALE
+from megamem_kernels.jit import njit
 from megamem_kernels.random import row_key, word
 
 _S16 = np.uint32(16)

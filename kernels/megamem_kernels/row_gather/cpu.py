@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types, uint64
+from numba import types, uint64
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from megamem_kernels.jit import njit
 from megamem_kernels.prefetch import emit_prefetch, prefetch_row
 from megamem_kernels.rounding.cpu import load_bf16, load_fp8, store_bf16
 

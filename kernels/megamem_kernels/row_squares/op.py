@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from torch import Tensor
 
+from megamem_kernels.jit import njit
 from megamem_kernels.parallel import for_ranges
 from megamem_kernels.row_squares.reference import row_squares as reference
 

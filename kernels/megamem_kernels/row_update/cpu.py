@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import float32, njit
+from numba import float32
 
+from megamem_kernels.jit import njit
 from megamem_kernels.prefetch import prefetch_row
 from megamem_kernels.row_update.storage import Stored, close_row, open_row
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 
 from megamem_kernels.elements import load
+from megamem_kernels.jit import njit
 from megamem_kernels.parallel import for_ranges
 from megamem_kernels.prefetch import prefetch_row
 

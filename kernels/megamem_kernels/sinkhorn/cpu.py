@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import float64, int64, njit
+from numba import float64, int64
+
+from megamem_kernels.jit import njit
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types, uint64
+from numba import types, uint64
 from numba.extending import intrinsic
+
+from megamem_kernels.jit import njit
 
 _ZERO, _ONE = np.uint64(0), np.uint64(1)
 _5, _6, _31, _32, _63 = (np.uint64(shift) for shift in (5, 6, 31, 32, 63))

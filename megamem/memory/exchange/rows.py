@@ -104,7 +104,9 @@ class StoredRows:
     def decode(self, table: str, index: np.ndarray, out: Tensor) -> None:
         """See :class:`Source`; straight from the store where a kernel can read it on the device of ``out``."""
         store = self._tables[table].rows
-        if store.arrays[ROWS].device != out.device and not (self._uva and out.is_cuda):
+        # The cache of a disk table is not pinned, and the next `locate` would overwrite what the kernel reads.
+        through_bus = self._uva and out.is_cuda and self._tables[table].storage.tier == "host"
+        if store.arrays[ROWS].device != out.device and not through_bus:
             raw = allocate(self._workspace, "own", store.fields, len(index), CPU)
             self.store(table, index, raw)
             dequantize_rows({k: self._workspace.moved(f"own/{k}", rows, out.device) for k, rows in raw.items()}, out)

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from megamem.files import write_text
@@ -26,8 +25,11 @@ from megamem.memory.tiers.base import record_bytes
 from megamem.memory.tiers.journal import UndoJournal
 from megamem.memory.tiers.records import RecordFile, failed, truncated
 from megamem_kernels.formats import Field
+from megamem_kernels.jit import njit
 
 _CHUNK_BYTES = 1 << 22
+DISK_INDEX_BYTES = 5
+"""Host memory per record beside the cache: where it is cached, and whether the undo journal has it."""
 _SLOT_BYTES = 8 + 8 + 1 + 1
 """Of one slot beside its record: which record, when located, whether located since the hand came by, whether changed."""
 

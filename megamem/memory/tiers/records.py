@@ -6,13 +6,15 @@ import fcntl
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from numba import int32, njit, types
+from numba import int32, types
 
 from megamem.errors import TierError
+from megamem_kernels.jit import njit
 
 _preadv = types.ExternalFunction("preadv", types.intp(types.int32, types.uintp, types.int32, types.int64))
 _pwritev = types.ExternalFunction("pwritev", types.intp(types.int32, types.uintp, types.int32, types.int64))
@@ -62,6 +64,8 @@ class RecordFile:
             if self.bytes:
                 os.posix_fallocate(self._descriptor, 0, self.bytes)
         except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, 0)  # what was reserved so far is of use to nobody
             raise failed(self.path, error, needed=self.bytes) from error
 
     def transfer(self, views: Sequence[np.ndarray], slots: np.ndarray, records: np.ndarray, *, write: bool) -> None:

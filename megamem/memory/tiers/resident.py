@@ -108,7 +108,10 @@ def open_host(
     needed = records * record_bytes(fields)
     rooms = [("this machine", available_host_bytes())]
     if kind == "shared":
-        file_system = os.statvfs(_SHARED)
+        try:
+            file_system = os.statvfs(_SHARED)
+        except OSError as error:
+            raise _no_room(name, needed, f"{_SHARED} cannot be used ({error.strerror})") from error
         rooms.append((_SHARED, file_system.f_bavail * file_system.f_frsize))
     for where, available in rooms:
         if needed > available:

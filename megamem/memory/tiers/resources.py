@@ -23,7 +23,7 @@ class TierResources:
     """Memory and files of one rank."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """The accelerator. Host rows are pinned where it is a CUDA device."""
+    """The accelerator. Host rows are pinned where it is a CUDA device; on a CPU machine its memory is the host's."""
     host_memory: Literal["private", "shared"] = "private"
     """``memory.host_memory``."""
     disk: DiskConfig = field(default_factory=DiskConfig)
@@ -52,9 +52,9 @@ class TierResources:
         Raises:
             TierError: there is no room, or a file cannot be used.
         """
-        if tier == "device":
+        if tier == "device" and self.device.type != "cpu":
             return open_device(name, fields, records, self.device)
-        if tier == "host":
+        if tier != "disk":
             pin = pin and self.device.type == "cuda"
             return open_host(name, fields, records, kind=self.host_memory, pin=pin)
         if self.disk_root is None:

@@ -40,6 +40,18 @@ def test_every_verb_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> No
             ["train", str(ROOT / "configs/quickstart.yaml"), "memory.optimizer.name=adagard"],
             "memory.optimizer.name is 'adagard'; set one of: sgd, rowwise_adagrad, lazy_adam",
         ),
+        (
+            ["train", str(ROOT / "configs/tiny.yaml"), "memory.tables=[{match: '*.engramm.*', tier: disk}]"],
+            "memory.tables has match=*.engramm.*, which fits none of the tables decoder.layers.",
+        ),
+        (
+            ["train", str(ROOT / "configs/tiny.yaml"), "memory.staleness=3"],
+            "staleness is 3, but rows are never read more than prefetch_depth=1 steps ahead; set at most that",
+        ),
+        (
+            ["train", str(ROOT / "configs/tiny.yaml"), "memory.transport=nccl"],
+            "set transport=gloo or prefetch_depth=0",
+        ),
         (["train", "nowhere.yaml"], "no configuration at nowhere.yaml"),
         (
             ["train", str(ROOT / "configs/tiny.yaml"), "parallel.nproc=3", "parallel.tensor_model_parallel_size=2"],

@@ -176,6 +176,8 @@ def test_calls_in_a_wrong_order_are_refused() -> None:
     with pytest.raises(ValueError, match=r"step 2 is not the next of steps \[1, 2\]"):
         engine.take(second)
     memory = engine.take(first)
+    with pytest.raises(ValueError, match="step 1 is not over; apply or discard it before step 2"):
+        engine.take(second)
     run_backward(memory, [stream])
     gradients = engine.return_gradients(memory)
     with pytest.raises(RuntimeError, match="a slot cannot go from empty to returning"):
@@ -184,8 +186,12 @@ def test_calls_in_a_wrong_order_are_refused() -> None:
     engine.apply(gradients, lr=0.1, step=1)
     with pytest.raises(ValueError, match="rows were updated since the evaluation step 9"):
         engine.take(evaluation)
+    with pytest.raises(ValueError, match="no step is open"):
+        engine.apply(gradients, lr=0.1, step=2)
     engine.close()
     engine.close()
+    with pytest.raises(ValueError, match="the memory engine is closed"):
+        engine.synchronize()
 
 
 def test_stats_and_usage() -> None:

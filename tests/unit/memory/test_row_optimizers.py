@@ -166,6 +166,17 @@ def test_sinkhorn_of_zeros_is_zero(zero: str) -> None:
         assert not result.any()
 
 
+@pytest.mark.parametrize("iterations", [1, 11, 33, 99])
+def test_sinkhorn_copes_with_a_column_of_zeros(iterations: int) -> None:
+    """The output half of a new bank block has no gradient in the first step."""
+    matrix = torch.randn(20, 5, generator=torch.Generator().manual_seed(0))
+    matrix[:, 2] = 0
+    rows, columns = sinkhorn_scales(matrix, iterations=iterations, group=None)
+    balanced = rows[:, None] * matrix * columns
+    assert balanced.isfinite().all() and not balanced[:, 2].any()
+    torch.testing.assert_close(balanced.norm(dim=1), torch.ones(20, dtype=torch.float64))
+
+
 def test_sinkhorn_copes_with_columns_of_any_size() -> None:
     matrix = (gradient(0, 300, 7) * torch.logspace(-15, 4, 7)).double()
     rows, columns = sinkhorn_scales(matrix.float(), iterations=11, group=None)

@@ -10,7 +10,8 @@ import pytest
 from megamem.batch import MicroBatch
 from megamem.errors import ConfigError, DataError
 from megamem.memory.config import BankConfig, EngramConfig, MemoryConfig
-from megamem.memory.streams import Stream, bank_table_name, build_streams
+from megamem.memory.names import bank_table_name
+from megamem.memory.streams import Stream, build_streams
 from megamem.models.config import ModelConfig
 
 MODEL = ModelConfig(num_layers=4, hidden_size=12, num_attention_heads=2, num_query_groups=1, vocab_size=100)
