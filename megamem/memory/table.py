@@ -13,6 +13,7 @@ from torch import Tensor
 from megamem.memory.config import StorageConfig
 from megamem.memory.placement import Placement
 from megamem.memory.tiers.base import RowStore, record_bytes
+from megamem.memory.tiers.disk import remove_other_layouts
 from megamem.memory.tiers.resources import TierResources
 from megamem.parallel.layout import owner_range
 from megamem_kernels.formats import ROWS, Field, row_fields
@@ -107,6 +108,8 @@ class OwnedTable:
         owned = owner_range(spec.rows, owners, owner)
         part = f"{spec.name}.{owner}-of-{owners}"
         fields = row_fields(storage.format, spec.width)
+        if resources.disk_root is not None and resources.disk_root.is_dir():
+            remove_other_layouts(resources.disk_root, spec.name, owners)
         rows = resources.open(storage.tier, f"{part}.rows", fields, len(owned), pin=True)
         try:
             state = resources.open(storage.tier_of_state, f"{part}.state", (*state_fields, TOUCHED), len(owned))

@@ -70,7 +70,8 @@ def ngram_hash(
         if tokens.is_cuda:
             from megamem_kernels.ngram_hash.triton import hash_positions_triton
 
-            hash_positions_triton(tokens, documents, *constants, pad_id, context, rows)
+            with torch.cuda.device(tokens.device):
+                hash_positions_triton(tokens, documents, *constants, pad_id, context, rows)
         else:
             _hash_cpu(tokens.numpy(), documents.numpy(), *constants, pad_id, context, rows.numpy())
         return rows

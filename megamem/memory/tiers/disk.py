@@ -10,7 +10,9 @@ Contents that were never committed are gone with their process.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -236,6 +238,18 @@ class DiskStore:
             content = np.concatenate([view[slots[part]] for view in views], axis=1)
             self._journal.append(self._epoch, records[part], content)
             self._saved[records[part]] = 1
+
+
+def remove_other_layouts(root: Path, table: str, owners: int) -> None:
+    """Delete what runs with other numbers of owners left of a table: nobody can take it over, and it may fill the disk."""
+    for path in root.iterdir():
+        found = re.fullmatch(rf"{re.escape(table)}\.\d+-of-(\d+)\.(rows|state)\.rec", path.name)
+        if found is None or int(found[1]) == owners:
+            continue
+        with suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused where another run uses it
+            for suffix in (".commit", ".undo", ".rec"):
+                path.with_suffix(suffix).unlink(missing_ok=True)
 
 
 def committed_label(path: Path) -> str:

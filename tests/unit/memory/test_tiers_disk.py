@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megamem.errors import TierError
-from megamem.memory.config import DiskConfig
+from megamem.memory.config import DiskConfig, StorageConfig
+from megamem.memory.table import InitSegment, OwnedTable, TableSpec
 from megamem.memory.tiers.base import RowStore, record_bytes
 from megamem.memory.tiers.disk import DiskStore, committed_label
 from megamem.memory.tiers.resident import open_host
@@ -317,3 +318,22 @@ def test_the_cache_is_shared_by_size_and_keeps_what_is_used(tmp_path: Path) -> N
     assert store.resident_bytes()["disk"] == 59_000
     store.close()
     store.close()
+
+
+def test_files_of_another_number_of_owners_are_deleted_unless_they_are_in_use(tmp_path: Path) -> None:
+    spec = TableSpec("a.table", 40, 3, (InitSegment(3, 0.5),))
+    resources = TierResources(disk_root=tmp_path)
+    disk = StorageConfig(tier="disk")
+    left = OwnedTable.create(spec, owners=2, owner=0, seed=1, storage=disk, resources=resources)
+    used = OwnedTable.create(spec, owners=2, owner=1, seed=1, storage=disk, resources=resources)
+    other = OwnedTable.create(
+        TableSpec("a.table.b", 40, 3, spec.init), owners=2, owner=0, seed=1, storage=disk, resources=resources
+    )
+    left.commit("step 1")
+    left.close()
+    now = OwnedTable.create(spec, owners=1, owner=0, seed=1, storage=disk, resources=resources)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert not any(name.startswith("a.table.0-of-2") for name in names)
+    assert {"a.table.1-of-2.rows.rec", "a.table.0-of-1.rows.rec", "a.table.b.0-of-2.rows.rec"} <= names
+    for table in (now, used, other):
+        table.close()
