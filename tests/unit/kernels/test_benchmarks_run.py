@@ -38,7 +38,9 @@ def test_contenders_take_turns_and_the_first_round_does_not_count(modules: dict[
     harness, calls = modules["harness"], []
     contenders = [harness.Contender(name, lambda name=name: calls.append(name)) for name in "abc"]
     timings = harness.measure(harness.Case("turns", contenders), rounds=3)
-    assert calls == list("abc") + list("aabbcc") * 3, "one run of all, then each twice in a row, of which the second counts"
+    assert calls == list("abc") + list("aabbcc") * 3, (
+        "one run of all, then each twice in a row, of which the second counts"
+    )
     assert [len(timing.seconds) for timing in timings] == [3, 3, 3]
     assert all(0 < timing.least <= timing.median <= max(timing.seconds) for timing in timings)
 
