@@ -19,6 +19,7 @@ from megamem.errors import ConfigError
 from megamem.memory.config import MemoryConfig
 from megamem.memory.engine import MemoryEngine
 from megamem.memory.links import create_links
+from megamem.memory.names import table_names
 from megamem.memory.optimizers import build_row_optimizer
 from megamem.memory.streams import Stream, build_streams
 from megamem.memory.table import TOUCHED
@@ -194,7 +195,7 @@ def check_host_memory(memory: MemoryConfig, streams: Sequence[Stream], *, owners
     """
     state = build_row_optimizer(memory.optimizer)
     tiers = {"host"} if device.type == "cuda" else {"host", "device"}
-    bytes_of_owner, records_on_disk = 0.0, 0.0
+    bytes_of_owner, bytes_on_disk, records_on_disk = 0.0, 0.0, 0.0
     for spec in (spec for stream in streams for spec in stream.tables):
         storage = memory.storage_of(spec.name)
         parts = (
@@ -206,15 +207,16 @@ def check_host_memory(memory: MemoryConfig, streams: Sequence[Stream], *, owners
                 bytes_of_owner += spec.rows * record_bytes(fields) / owners
             elif tier == "disk":
                 records_on_disk += spec.rows / owners
-    if records_on_disk:
-        bytes_of_owner += memory.disk.cache_gib * 2**30 + records_on_disk * DISK_INDEX_BYTES
+                bytes_on_disk += spec.rows * record_bytes(fields) / owners
+    bytes_of_owner += min(memory.disk.cache_gib * 2**30, bytes_on_disk) + records_on_disk * DISK_INDEX_BYTES
     needed = bytes_of_owner * min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), owners) / 2**30
     free = available_host_bytes() / 2**30
     if needed > free:
+        first = "lower memory.disk.cache_gib" if bytes_on_disk else "set memory.storage.tier or state_tier to disk"
         raise ConfigError(
             f"memory tables and their optimizer state want {needed:,.1f} GiB of host memory and {free:,.1f} GiB are free in "
-            "this machine; set memory.storage.tier=disk or state_tier=disk, lower memory.disk.cache_gib, "
-            "memory.engram.rows_per_head or width, memory.bank.units or branching, or use more machines"
+            f"this machine; {first}, lower memory.engram.rows_per_head or width, memory.bank.units or branching, or use more "
+            "machines"
         )
 
 
@@ -272,8 +274,9 @@ def check_same_run(config: RunConfig) -> None:
     saved = config.run_dir / "config.yaml"
     if not saved.exists():
         return
-    before, now = to_dict(load_config(saved)), to_dict(config)
-    difference = first_difference(_identity(before), _identity(now))
+    earlier = load_config(saved)
+    difference = first_difference(_identity(earlier), _identity(config))
+    before, now = to_dict(earlier), to_dict(config)
     for path in ("global_batch_size", "seed"):
         if difference is None and before["train"][path] != now["train"][path]:
             difference = (f"train.{path}", before["train"][path], now["train"][path])
@@ -285,12 +288,12 @@ def check_same_run(config: RunConfig) -> None:
         )
 
 
-def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(config: RunConfig) -> dict[str, Any]:
     """What makes a run this run. On which tier its rows are and how they are fetched changes no result, and may change."""
-    memory = {name: settings["memory"][name] for name in ("engram", "bank", "optimizer", "staleness")}
-    memory["format"] = settings["memory"]["storage"]["format"]
-    memory["formats"] = [[entry["match"], entry["format"]] for entry in settings["memory"]["tables"]]
-    return {"model": settings["model"], "memory": memory, "data": settings["data"]}
+    settings, memory = to_dict(config), config.memory
+    kept = {name: settings["memory"][name] for name in ("engram", "bank", "optimizer", "staleness")}
+    kept["format"] = {name: memory.storage_of(name).format for name in table_names(config.model, memory)}
+    return {"model": settings["model"], "memory": kept, "data": settings["data"]}
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:

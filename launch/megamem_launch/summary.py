@@ -32,6 +32,8 @@ def count_parameters(parts: Parts) -> dict[str, int]:
     counts = torch.zeros(3, dtype=torch.float64)
     for entry in parts.entries:
         local = entry.tensor[entry.rows].numel()
+        if entry.name.startswith("embedding.") and not parts.groups.is_first_stage:
+            continue  # the last stage's copy of a tied embedding
         if ".mlp.experts." in entry.name:
             counts[1] += local * layout.ep / layout.dp
         else:

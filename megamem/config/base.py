@@ -35,6 +35,10 @@ def build(cls: type[T], data: Mapping[str, Any], path: str = "") -> T:
         if key not in fields:
             raise unknown_key(where, str(key), fields)
         values[key] = convert(hints[key], value, where)
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ConfigError(f"{path}.{name} is missing; set it" if path else f"{name} is missing; set it")
     try:
         return cls(**values)
     except ConfigError as error:
@@ -59,6 +63,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(hint, value, where)
     if origin is Literal:
+        if isinstance(value, bool) and value not in get_args(hint):
+            value = "on" if value else "off"  # YAML reads these words as booleans
         if value in get_args(hint):
             return value
         allowed = ", ".join(map(str, get_args(hint)))

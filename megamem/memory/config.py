@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase as fnmatch
 from typing import Literal
 
@@ -151,11 +151,17 @@ class StorageConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class TableStorageConfig(StorageConfig):
-    """An entry of ``memory.tables``: the storage of some tables."""
+class TableStorageConfig:
+    """An entry of ``memory.tables``: what differs from ``memory.storage`` for some tables."""
 
     match: str
     """Name of a table, or a pattern of names: ``decoder.layers.1.engram.table``, ``*.bank.*``."""
+    tier: Literal["inherit", "device", "host", "disk"] = "inherit"
+    """As in ``memory.storage``."""
+    state_tier: Literal["inherit", "same", "device", "host", "disk"] = "inherit"
+    """As in ``memory.storage``."""
+    format: Literal["inherit", "fp32", "bf16", "fp8"] = "inherit"
+    """As in ``memory.storage``."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -184,7 +190,7 @@ class MemoryConfig:
     optimizer: RowOptimizerConfig = field(default_factory=RowOptimizerConfig)
     storage: StorageConfig = field(default_factory=StorageConfig)
     tables: list[TableStorageConfig] = field(default_factory=list)
-    """Storage of single tables in place of ``storage``; the first entry whose ``match`` fits counts."""
+    """Storage of single tables where it differs from ``storage``; the first entry whose ``match`` fits counts."""
     disk: DiskConfig = field(default_factory=DiskConfig)
     placement: Literal["contiguous", "scrambled"] = "contiguous"
     """Which rows an owner stores: neighbouring ones, or ones scattered over the table so that no owner gets all the busy ones."""
@@ -227,4 +233,8 @@ class MemoryConfig:
 
     def storage_of(self, table: str) -> StorageConfig:
         """Storage of the table of this name."""
-        return next((entry for entry in self.tables if fnmatch(table, entry.match)), self.storage)
+        entry = next((entry for entry in self.tables if fnmatch(table, entry.match)), None)
+        if entry is None:
+            return self.storage
+        own = {name: getattr(entry, name) for name in ("tier", "state_tier", "format")}
+        return replace(self.storage, **{name: value for name, value in own.items() if value != "inherit"})

@@ -109,7 +109,9 @@ class OwnedTable:
         part = f"{spec.name}.{owner}-of-{owners}"
         fields = row_fields(storage.format, spec.width)
         if resources.disk_root is not None and resources.disk_root.is_dir():
-            remove_other_layouts(resources.disk_root, spec.name, owners)
+            tiers = {"rows": storage.tier, "state": storage.tier_of_state}
+            on_disk = {part for part, tier in tiers.items() if tier == "disk"}
+            remove_other_layouts(resources.disk_root, spec.name, owners, on_disk)
         rows = resources.open(storage.tier, f"{part}.rows", fields, len(owned), pin=True)
         try:
             state = resources.open(storage.tier_of_state, f"{part}.state", (*state_fields, TOUCHED), len(owned))

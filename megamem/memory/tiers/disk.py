@@ -240,11 +240,12 @@ class DiskStore:
             self._saved[records[part]] = 1
 
 
-def remove_other_layouts(root: Path, table: str, owners: int) -> None:
-    """Delete what runs with other numbers of owners left of a table: nobody can take it over, and it may fill the disk."""
+def remove_other_layouts(root: Path, table: str, owners: int, kept: set[str]) -> None:
+    """Delete what earlier starts left of a table and nobody can take over: files of other numbers of owners, and of parts
+    (``rows``, ``state``) that are not in ``kept`` because they are on another tier now."""
     for path in root.iterdir():
         found = re.fullmatch(rf"{re.escape(table)}\.\d+-of-(\d+)\.(rows|state)\.rec", path.name)
-        if found is None or int(found[1]) == owners:
+        if found is None or (int(found[1]) == owners and found[2] in kept):
             continue
         with suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused where another run uses it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Sequence
@@ -145,6 +146,8 @@ class RecordFile:
 
 def failed(path: Path, error: OSError, *, needed: int = 0) -> TierError:
     """What to tell a user whose disk refused."""
+    if error.errno in (errno.ENOTDIR, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS):
+        return TierError(f"{path}: {error.strerror}; set memory.disk.path to a directory that can be written")
     what = f" ({needed / 2**30:.2f} GiB are needed)" if needed else ""
     return TierError(
         f"{path}: {error.strerror or error}{what}; free space there or check the disk, or set memory.disk.path to another "

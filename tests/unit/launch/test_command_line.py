@@ -44,6 +44,7 @@ def test_every_verb_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> No
             ["train", str(ROOT / "configs/tiny.yaml"), "memory.tables=[{match: '*.engramm.*', tier: disk}]"],
             "memory.tables has match=*.engramm.*, which fits none of the tables decoder.layers.",
         ),
+        (["train", str(ROOT / "configs/tiny.yaml"), "memory.tables=[{tier: disk}]"], "match is missing; set it"),
         (
             ["train", str(ROOT / "configs/tiny.yaml"), "memory.staleness=3"],
             "staleness is 3, but rows are never read more than prefetch_depth=1 steps ahead; set at most that",

@@ -125,3 +125,15 @@ def test_to_dict_is_plain_data() -> None:
 
     data = to_dict(load_config(None, ["base=quickstart"]))
     assert json.loads(json.dumps(data)) == data
+
+
+def test_on_and_off_are_words_although_yaml_reads_them_as_booleans() -> None:
+    config = load_config(None, ["memory.verify=off", "memory.hierarchical=on", "memory.optimizer.clip=off"])
+    assert (config.memory.verify, config.memory.hierarchical, config.memory.optimizer.clip) == ("off", "on", "off")
+
+
+def test_storage_of_a_table_is_that_of_all_where_its_entry_says_nothing() -> None:
+    config = load_config(None, ["memory.storage.format=bf16", "memory.tables=[{match: '*.bank.*', tier: disk}]"])
+    own, other = config.memory.storage_of("decoder.layers.1.bank.level1.table"), config.memory.storage_of("x")
+    assert (own.tier, own.tier_of_state, own.format) == ("disk", "disk", "bf16")
+    assert (other.tier, other.format) == ("host", "bf16")
