@@ -4,7 +4,7 @@ One process trains a small backbone with one Engram layer and prints the losses 
 second, and its peak memory::
 
     python kernels/benchmarks/disk_tier.py --tier host --gib 6
-    python kernels/benchmarks/disk_tier.py --tier disk --gib 6 --limit-gib 2 --path /var/tmp/tables
+    python kernels/benchmarks/disk_tier.py --tier disk --gib 6 --limit-gib 2
 
 With ``--limit-gib`` it first moves into a memory control group of that size (cgroup v1 or v2, needs root); page cache counts in it.
 """

@@ -107,6 +107,7 @@ def peak_rss() -> int:
 
 
 def rss() -> int:
+    """Resident set of this process in bytes."""
     text = Path("/proc/self/status").read_text()
     return int(next(line for line in text.splitlines() if line.startswith("VmRSS")).split()[1]) * 1024
 

@@ -53,7 +53,7 @@ print(held, status("VmHWM") - before)
 )
 def test_peak_is_rows_state_and_two_working_sets(optimizer: str, row_format: str, rows: int) -> None:
     if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("the peak of a process can be reset on Linux only")
+        pytest.skip("this system has no /proc/self/clear_refs, which resets the peak of a process")
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, optimizer, row_format, str(rows)], capture_output=True, text=True, check=False
     )
