@@ -37,7 +37,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """All micro-batches of one optimizer step on one data-parallel rank; the same on all its TP and PP ranks."""
+    """All micro-batches of one optimizer step on one data-parallel rank; the same on all its TP, CP and PP ranks."""
 
     step: int
     micro_batches: tuple[MicroBatch, ...]

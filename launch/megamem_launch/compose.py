@@ -29,10 +29,9 @@ from megamem.memory.tiers.limits import available_host_bytes
 from megamem.models.canonical import CanonicalEntry, canonical_entries
 from megamem.models.gpt import build_model
 from megamem.parallel.groups import Groups
-from megamem.parallel.layout import stage_layers
 from megamem.parallel.zero import ZeroEngine
 from megamem_checkpoints.checkpointer import Checkpointer
-from megamem_checkpoints.compare import compare_models
+from megamem_checkpoints.compare import compare_models, differences
 from megamem_checkpoints.directory import find_checkpoint, latest
 from megamem_checkpoints.reader import CheckpointReader
 from megamem_data.loader import build_loader
@@ -56,11 +55,6 @@ def open_data(config: RunConfig, *, verify: bool = True) -> PreparedData:
         raise ConfigError(
             f"model.vocab_size={model.vocab_size} is smaller than the {data.vocab_size} entries of the tokenizer in "
             f"{config.data.path}; set model.vocab_size=0 to take the number from the data"
-        )
-    if config.memory.engram.fold_tokens and model.vocab_size != data.vocab_size:
-        raise ConfigError(
-            f"memory.engram.fold_tokens folds the {data.vocab_size} entries of the tokenizer, but model.vocab_size is "
-            f"{model.vocab_size}; set model.vocab_size=0"
         )
     bank = config.memory.bank
     if bank.enabled and (data.levels < bank.levels or data.branching != bank.branching):
@@ -86,7 +80,8 @@ class Parts:
     config: RunConfig
     data: PreparedData
     groups: Groups
-    model: torch.nn.Module
+    model: torch.nn.ModuleList
+    """The chunks of layers of this rank's pipeline stage."""
     zero: ZeroEngine
     memory: MemoryEngine
     entries: list[CanonicalEntry]
@@ -96,6 +91,7 @@ class Parts:
 
     def close(self) -> None:
         """End the threads, and release tables and their files."""
+        self.checkpointer.close()
         self.loader.close()
         if self.validation is not None:
             self.validation.close()
@@ -106,23 +102,28 @@ def fold_of(config: RunConfig, data: PreparedData) -> np.ndarray | None:
     """The canonical id of every token when ``memory.engram.fold_tokens`` is on."""
     if not (config.memory.engram.layers and config.memory.engram.fold_tokens):
         return None
-    from megamem.memory.folding import fold_from_sentencepiece
+    from megamem.memory.folding import fold_from_tokenizer
 
-    return fold_from_sentencepiece(data.tokenizer_model)
+    return fold_from_tokenizer(data.tokenizer_model, vocab_size=config.model.vocab_size)
 
 
 def build_parts(config: RunConfig, data: PreparedData, groups: Groups) -> Parts:
     """Build model, optimizer, memory and loaders for this rank."""
     layout, place, train = groups.layout, groups.coordinates, config.train
     precision = precision_of(config)
-    model = build_model(
-        config.model,
-        config.memory,
-        groups=groups,
-        seq_length=config.data.seq_length,
-        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        seed=train.seed,
-        sequence_parallel=config.parallel.sequence_parallel,
+    model = torch.nn.ModuleList(
+        build_model(
+            config.model,
+            config.memory,
+            groups=groups,
+            seq_length=config.data.seq_length,
+            dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            seed=train.seed,
+            sequence_parallel=config.parallel.sequence_parallel,
+            recompute=train.recompute,
+            chunk=chunk,
+        )
+        for chunk in range(layout.vpp)
     )
     zero = ZeroEngine(
         model,
@@ -135,7 +136,7 @@ def build_parts(config: RunConfig, data: PreparedData, groups: Groups) -> Parts:
     streams = build_streams(
         config.model,
         config.memory,
-        layers=stage_layers(config.model.num_layers, layout.pp, place.pp),
+        layers=layout.stage_layers(config.model.num_layers, place.pp),
         eos_id=data.eos_id,
         fold=fold_of(config, data),
         seed=train.seed,
@@ -165,8 +166,9 @@ def build_parts(config: RunConfig, data: PreparedData, groups: Groups) -> Parts:
         device=groups.device,
         disk_root=Path(config.memory.disk.path or config.runs_dir) / config.name / "tiers",
         resume=resume_label(config),
-        tp_rank=place.tp,
-        tp_size=layout.tp,
+        slice_index=place.slice,
+        slices=layout.slices,
+        averaged_over=layout.dp * layout.cp,
     )
 
     return Parts(
@@ -244,12 +246,14 @@ def checkpoint_meta(parts: Parts, progress: Mapping[str, Any], guard: Mapping[st
     }
 
 
-def check_start(config: RunConfig) -> None:
-    """Refuse, before anything is built or written, what this run cannot start from: another run, another model."""
+def check_start(config: RunConfig, data: PreparedData) -> None:
+    """Refuse, before anything is built or written, what this run cannot start from: another run, model or tokenizer."""
     check_same_run(config)
-    path, _ = initial_checkpoint(config)
+    path, resume = initial_checkpoint(config)
     if path is not None:
-        compare_models(CheckpointReader(path).meta, {"config": to_dict(config)})
+        new_memories = config.checkpoint.new_memories and not resume
+        current = {"config": to_dict(config), "tokenizer_sha256": data.tokenizer.sha256}
+        compare_models(CheckpointReader(path).meta, current, new_memories=new_memories)
 
 
 def check_ranks_agree(config: RunConfig, data: PreparedData) -> None:
@@ -260,7 +264,7 @@ def check_ranks_agree(config: RunConfig, data: PreparedData) -> None:
     seen: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(seen, {"settings": to_dict(config), "data": {"fingerprint": data.fingerprint}})
     for rank, other in enumerate(seen):
-        difference = first_difference(seen[0], other)
+        difference = next(differences(seen[0], other), None)
         if difference is not None:
             name, first, here = difference
             raise ConfigError(
@@ -275,7 +279,7 @@ def check_same_run(config: RunConfig) -> None:
     if not saved.exists():
         return
     earlier = load_config(saved)
-    difference = first_difference(_identity(earlier), _identity(config))
+    difference = next(differences(_identity(earlier), _identity(config)), None)
     before, now = to_dict(earlier), to_dict(config)
     for path in ("global_batch_size", "seed"):
         if difference is None and before["train"][path] != now["train"][path]:
@@ -294,18 +298,6 @@ def _identity(config: RunConfig) -> dict[str, Any]:
     kept = {name: settings["memory"][name] for name in ("engram", "bank", "optimizer", "staleness")}
     kept["format"] = {name: memory.storage_of(name).format for name in table_names(config.model, memory)}
     return {"model": settings["model"], "memory": kept, "data": settings["data"]}
-
-
-def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """The first setting in which two trees of plain data differ, with both values."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in [*old, *(k for k in new if k not in old)]:
-            where = f"{path}.{key}" if path else str(key)
-            found = first_difference(old.get(key), new.get(key), where)
-            if found is not None:
-                return found
-        return None
-    return None if old == new else (path, old, new)
 
 
 def initial_checkpoint(config: RunConfig) -> tuple[Path | None, bool]:

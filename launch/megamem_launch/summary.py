@@ -32,12 +32,12 @@ def count_parameters(parts: Parts) -> dict[str, int]:
     counts = torch.zeros(3, dtype=torch.float64)
     for entry in parts.entries:
         local = entry.tensor[entry.rows].numel()
-        if entry.name.startswith("embedding.") and not parts.groups.is_first_stage:
-            continue  # the last stage's copy of a tied embedding
-        if ".mlp.experts." in entry.name:
-            counts[1] += local * layout.ep / layout.dp
+        if entry.is_copy:
+            continue
+        if entry.is_expert:
+            counts[1] += local * layout.ep * layout.etp / layout.stage_size
         else:
-            counts[0] += local / (layout.dp * (1 if entry.tp_dim is not None else layout.tp))
+            counts[0] += local / (layout.dp * layout.cp * (1 if entry.tp_dim is not None else layout.tp))
     for table in parts.memory.tables.values():
         counts[2] += (table.stop - table.start) * table.spec.width
     dist.all_reduce(counts)
@@ -78,14 +78,19 @@ def write_summary(parts: Parts, trainer: Trainer) -> None:
         write_text(config.run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def _from_journal(path: Path) -> dict[str, float]:
-    """Throughput and traffic of the steps; medians, so that a checkpoint or a busy machine does not move them."""
-    steps = [entry for entry in read_journal(path) if entry["kind"] == "step"]
+def _from_journal(path: Path) -> dict[str, Any]:
+    """Throughput and traffic of the steps; medians, so that a checkpoint or a busy machine does not move them. And the memory
+    of the busiest rank by part and place, as the last start added it up."""
+    entries = read_journal(path)
+    steps = [entry for entry in entries if entry["kind"] == "step"]
 
     def values(name: str) -> list[float]:
         return [float(entry[name]) for entry in steps if isinstance(entry.get(name), int | float)]
 
-    measured: dict[str, float] = {}
+    measured: dict[str, Any] = {}
+    for entry in entries:
+        if entry["kind"] == "accounting":
+            measured["accounted_memory_bytes"] = entry["largest"]
     for key, name in (("tokens_per_second", "tokens_per_second"), ("step_seconds", "step_seconds")):
         if values(name):
             measured[key] = statistics.median(values(name))
@@ -118,7 +123,7 @@ def _device_name() -> str:
 def gate_sample(parts: Parts, runner: StepRunner) -> dict[str, Any] | None:
     """Gates of every Engram layer over the beginning of the validation text, for the report's heat-map.
 
-    Tensor- and pipeline-parallel ranks each see their part; the parts are put together by layer and position. None where
+    Tensor-, context- and pipeline-parallel ranks each see their part; the parts are put together by layer and position. None where
     the model has no Engram layer or the run has no validation split.
     """
     if parts.validation is None or not parts.config.memory.engram.layers:
@@ -129,7 +134,7 @@ def gate_sample(parts: Parts, runner: StepRunner) -> dict[str, Any] | None:
     seen: list[tuple[int, int, list[float]]] = []
     modules = [module for module in parts.model.modules() if isinstance(module, Engram)]
     for module in modules:
-        module.gate_observer = _observer(seen, module.layer, parts.groups.coordinates.tp)
+        module.gate_observer = _observer(seen, module.layer, parts.groups.coordinates.slice)
     try:
         memory = parts.memory.take(parts.memory.submit(sample, train=False))
         runner.run(sample, memory, train=False)
@@ -142,27 +147,19 @@ def gate_sample(parts: Parts, runner: StepRunner) -> dict[str, Any] | None:
     dist.all_gather_object(gathered, mine)
     layers: dict[int, dict[int, list[float]]] = {}
     for part in gathered:
-        for layer, tp, gates in part:
-            layers.setdefault(layer, {}).setdefault(tp, gates)
+        for layer, place, gates in part:
+            layers.setdefault(layer, {}).setdefault(place, gates)
     order = sorted(layers)
-    values = [[g for tp in sorted(layers[layer]) for g in layers[layer][tp]][:_GATE_TOKENS] for layer in order]
+    values = [[g for place in sorted(layers[layer]) for g in layers[layer][place]][:_GATE_TOKENS] for layer in order]
     tokens = sample.micro_batches[0].tokens[0, :_GATE_TOKENS].tolist()
-    return {"tokens": _pieces(parts.data.tokenizer_model, tokens), "layers": order, "gates": values}
+    return {"tokens": [parts.data.tokenizer.piece(token) for token in tokens], "layers": order, "gates": values}
 
 
-def _pieces(model: Path, tokens: list[int]) -> list[str]:
-    """The text of each token, white space shown as it is."""
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor(model_file=str(model))
-    return [processor.id_to_piece(token).replace("\u2581", " ") for token in tokens]
-
-
-def _observer(seen: list[tuple[int, int, list[float]]], layer: int, tp: int) -> Callable[[torch.Tensor], None]:
-    """Keeps the gates, ``[s / tp, b, 1]``, of the first sequence of the first micro-batch."""
+def _observer(seen: list[tuple[int, int, list[float]]], layer: int, place: int) -> Callable[[torch.Tensor], None]:
+    """Keeps the gates, ``[s / slices, b, 1]``, of the first sequence of the first micro-batch."""
 
     def observe(gates: torch.Tensor) -> None:
         if not any(entry[0] == layer for entry in seen):
-            seen.append((layer, tp, [round(float(g), 4) for g in gates[:, 0, 0].cpu()]))
+            seen.append((layer, place, [round(float(g), 4) for g in gates[:, 0, 0].cpu()]))
 
     return observe

@@ -8,6 +8,7 @@ from megamem.errors import ConfigError
 from megamem.memory.names import table_names
 from megamem.memory.placement import MAX_ROWS
 from megamem.models.checks import check_model
+from megamem.parallel.checks import check_zero
 from megamem.parallel.layout import Layout
 from megamem_launch.config import RunConfig
 
@@ -22,6 +23,7 @@ def validate(config: RunConfig, world_size: int) -> Layout:
         seq_length=config.data.seq_length,
         sequence_parallel=config.parallel.sequence_parallel,
     )
+    check_zero(config.optimizer, layout)
     _check_batch(config, layout)
     _check_memory(config)
     _check_schedule(config)
@@ -35,6 +37,13 @@ def _check_batch(config: RunConfig, layout: Layout) -> None:
         raise ConfigError(
             f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
             f"{train.micro_batch_size} x {layout.dp} data-parallel ranks; set it to a multiple of {unit}"
+        )
+    if layout.vpp > 1 and train.global_batch_size % (unit * layout.pp):
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} makes {train.global_batch_size // unit} micro-batches on each "
+            f"data-parallel rank, not a multiple of parallel.pipeline_model_parallel_size={layout.pp}, as interleaved stages "
+            f"(parallel.virtual_pipeline_model_parallel_size={layout.vpp}) take them in rounds; set it to a multiple of "
+            f"{unit * layout.pp}"
         )
 
 
@@ -73,7 +82,8 @@ def _check_schedule(config: RunConfig) -> None:
         )
     if train.eval_batches and config.data.validation_fraction == 0:
         raise ConfigError("train.eval_batches asks for evaluation but data.validation_fraction is 0; set one of them")
-    if config.model.vocab_size and config.model.vocab_size < config.data.tokenizer.vocab_size and not config.data.path:
+    trained = not config.data.path and not config.data.tokenizer.model
+    if trained and config.model.vocab_size and config.model.vocab_size < config.data.tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} is smaller than data.tokenizer.vocab_size="
             f"{config.data.tokenizer.vocab_size}; set model.vocab_size=0 to take it from the data"

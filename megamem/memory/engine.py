@@ -52,8 +52,10 @@ class MemoryEngine:
         disk_root: Directory of the disk tier's files on this node, the same for all its ranks; None where no table needs it.
         resume: Label of the checkpoint that will be loaded with its optimizer state: disk files that were committed under it
             are taken over.
-        tp_rank: This rank's slice of the sequence.
-        tp_size: Slices of the sequence. Every ``group size / tp_size`` ranks hold different sequences.
+        slice_index: This rank's slice of every sequence.
+        slices: Slices of every sequence, one for each rank that shares it.
+        averaged_over: Ranks over which dense gradients are averaged: the sum of the gradients of a row is divided by as many.
+            None for group size / ``slices``, the number of ranks that hold different sequences.
     """
 
     def __init__(
@@ -66,11 +68,12 @@ class MemoryEngine:
         device: torch.device | str,
         disk_root: Path | None = None,
         resume: str = "",
-        tp_rank: int = 0,
-        tp_size: int = 1,
+        slice_index: int = 0,
+        slices: int = 1,
+        averaged_over: int | None = None,
     ) -> None:
         self._device = torch.device(device)
-        self._tp_rank, self._tp_size = tp_rank, tp_size
+        self._slice_index, self._slices = slice_index, slices
         self._staleness = memory.staleness
         links = links or MemoryLinks()
         self._group = group = links.group
@@ -78,7 +81,7 @@ class MemoryEngine:
         self._optimizer = build_row_optimizer(memory.optimizer)
         self._placements = {stream.name: Placement(memory.placement, stream.rows) for stream in self._streams}
         owner, owners = (dist.get_rank(group), dist.get_world_size(group)) if group is not None else (0, 1)
-        self._data_parallel = owners // tp_size
+        self._averaged_over = averaged_over or owners // slices
         shares: list[dict[str, Any]] = [
             {
                 "spec": spec,
@@ -191,7 +194,7 @@ class MemoryEngine:
         """Send the gradients of a step's working sets to the owners of the rows. Collective.
 
         Contributions to a row are added in rank order, so that the result is the same bit for bit in every run, and
-        divided by the data-parallel size. The rows of ``memory`` are gone afterwards.
+        divided by ``averaged_over``. The rows of ``memory`` are gone afterwards.
 
         Raises:
             ValueError: ``memory`` was submitted without ``train``.
@@ -283,8 +286,8 @@ class MemoryEngine:
                 self._streams,
                 self._placements,
                 owners=self._exchange.size,
-                tp_rank=self._tp_rank,
-                tp_size=self._tp_size,
+                slice_index=self._slice_index,
+                slices=self._slices,
                 train=ticket.train,
             )
             stats.lookups = sum(stream.lookups for stream in ticket.plan.streams.values())
@@ -347,7 +350,7 @@ class MemoryEngine:
                 ticket.stats.resident_bytes[kind] = ticket.stats.resident_bytes.get(kind, 0) + size
         rows, values = {}, {}
         for name, (touched, summed) in arrived.items():
-            rows[name], values[name] = touched, summed.div_(self._data_parallel)
+            rows[name], values[name] = touched, summed.div_(self._averaged_over)
             ticket.stats.touched_rows[name] = len(touched)
         ticket.slot.release()
         return RowGradients(rows, values, ticket.stats)

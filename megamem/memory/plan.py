@@ -83,8 +83,8 @@ def plan_step(
     placements: Mapping[str, Placement],
     *,
     owners: int,
-    tp_rank: int = 0,
-    tp_size: int = 1,
+    slice_index: int = 0,
+    slices: int = 1,
     train: bool = True,
 ) -> FetchPlan:
     """The fetch plan of one rank: addresses of its slice of every sequence, of all micro-batches, de-duplicated.
@@ -94,28 +94,28 @@ def plan_step(
         streams: Sources of addresses.
         placements: By stream, where its rows are.
         owners: Size of the memory group.
-        tp_rank: This rank's slice of the sequence.
-        tp_size: Slices of the sequence.
+        slice_index: This rank's slice of every sequence.
+        slices: Slices of every sequence.
         train: Whether the step trains; streams may address rows otherwise at evaluation.
 
     Raises:
-        ConfigError: the sequence length cannot be cut into ``tp_size`` equal slices.
+        ConfigError: the sequence length cannot be cut into ``slices`` equal slices.
     """
     plans = {}
     for stream in streams:
         addresses = [
-            stream.addresses(micro, _slice(micro.shape[1], tp_rank, tp_size), train=train)
+            stream.addresses(micro, _slice(micro.shape[1], slice_index, slices), train=train)
             for micro in batch.micro_batches
         ]
         plans[stream.name] = plan_stream(stream.name, placements[stream.name], addresses, owners)
     return FetchPlan(step=batch.step, train=train, micro_batches=len(batch.micro_batches), streams=plans)
 
 
-def _slice(length: int, tp_rank: int, tp_size: int) -> slice:
-    if length % tp_size:
+def _slice(length: int, slice_index: int, slices: int) -> slice:
+    if length % slices:
         raise ConfigError(
-            f"data.seq_length={length} cannot be shared equally by the "
-            f"parallel.tensor_model_parallel_size={tp_size} ranks; set it to a multiple of {tp_size}"
+            f"data.seq_length={length} cannot be shared equally by the parallel.context_parallel_size x "
+            f"parallel.tensor_model_parallel_size = {slices} ranks; set it to a multiple of {slices}"
         )
-    size = length // tp_size
-    return slice(tp_rank * size, (tp_rank + 1) * size)
+    size = length // slices
+    return slice(slice_index * size, (slice_index + 1) * size)

@@ -123,7 +123,7 @@ def _uniform(seed: int, sample: int, document: int) -> float:
 
 
 def build_streams(
-    model: ModelConfig, memory: MemoryConfig, *, layers: range, eos_id: int, fold: np.ndarray | None, seed: int
+    model: ModelConfig, memory: MemoryConfig, *, layers: Sequence[int], eos_id: int, fold: np.ndarray | None, seed: int
 ) -> list[Stream]:
     """Streams of one pipeline stage, in the order of their layers and levels: the same list on all its ranks.
 
@@ -145,7 +145,7 @@ def build_streams(
 
 
 def _engram_streams(
-    model: ModelConfig, config: EngramConfig, *, layers: range, eos_id: int, fold: np.ndarray | None
+    model: ModelConfig, config: EngramConfig, *, layers: Sequence[int], eos_id: int, fold: np.ndarray | None
 ) -> list[Stream]:
     if not config.layers:
         return []
@@ -163,7 +163,7 @@ def _engram_streams(
     return [EngramStream(config, specs[layer], fold=fold, pad_id=pad_id) for layer in layers if layer in specs]
 
 
-def _bank_streams(model: ModelConfig, config: BankConfig, *, layers: range, seed: int) -> list[Stream]:
+def _bank_streams(model: ModelConfig, config: BankConfig, *, layers: Sequence[int], seed: int) -> list[Stream]:
     own = [layer for layer in layers if not config.layers or layer in config.layers]
     levels = [level for level, units in enumerate(config.units, start=1) if units]
     if not own:

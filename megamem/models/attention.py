@@ -1,4 +1,10 @@
-"""Causal attention within documents: torch SDPA or flash-attn, behind megatron-core's core-attention interface."""
+"""Causal attention within documents: torch SDPA or flash-attn, behind megatron-core's core-attention interface.
+
+Under context parallelism each rank has the queries of a contiguous part of every sequence, and gathers the keys and values of
+all parts (arXiv 2407.21783, section 3.3.2): exact for any packing, one message per layer, and with grouped queries a small one.
+Later parts see more keys than earlier ones and so have more to compute, up to twice the mean: the price of parts that n-grams and
+convolutions can cross with nothing but their left neighbours' last tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_size
 from torch import Tensor
 
 from megamem.errors import ConfigError
@@ -54,12 +63,15 @@ class CoreAttention(MegatronModule):
         backend: str,
         layer_number: int,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **unused: Any,
     ) -> None:
+        """Without ``pg_collection`` every rank holds whole sequences."""
         super().__init__(config=config)
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale  # None is 1 / sqrt(head width) for both backends
         self.attend = {"sdpa": sdpa, "flash": flash}[backend]
+        self.cp_group = None if pg_collection is None else pg_collection.cp
 
     def forward(
         self,
@@ -72,17 +84,32 @@ class CoreAttention(MegatronModule):
         packed_seq_params: MicroContext | None = None,
         **unused: Any,
     ) -> Tensor:
-        """``query [s, b, heads, d]``, ``key`` and ``value [s, b, groups, d]`` to ``[s, b, heads * d]``.
+        """``query [s / cp, b, heads, d]``, ``key`` and ``value [s / cp, b, groups, d]`` to ``[s / cp, b, heads * d]``.
 
         Query head ``i`` reads group ``i // (heads / groups)``. Without a context every sequence is one document.
+
+        Raises:
+            ValueError: there is an attention mask, or the context does not name this rank's part of the sequences.
         """
         if attention_mask is not None:
             raise ValueError("documents come from the MicroContext: pass attention_mask=None")
+        parts = 1 if packed_seq_params is None else packed_seq_params.parts
+        if parts != get_pg_size(self.cp_group):
+            raise ValueError(f"a context of {parts} parts in a context-parallel group of {get_pg_size(self.cp_group)}")
+        if packed_seq_params is not None and parts > 1:
+            stop = packed_seq_params.positions.stop
+            both = torch.cat((key, value), dim=-1)  # one message; backward sums every rank's share and scatters it
+            both = gather_from_sequence_parallel_region(both, tensor_parallel_output_grad=True, group=self.cp_group)
+            key, value = both[:stop].chunk(2, dim=-1)
         return self.attend(query, key, value, packed_seq_params, self.softmax_scale)
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, context: MicroContext | None, scale: float | None) -> Tensor:
-    """Attention by ``torch.nn.functional.scaled_dot_product_attention``; shapes as in :meth:`CoreAttention.forward`."""
+    """Attention by ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Shapes as in :meth:`CoreAttention.forward`, but keys and values ``[stop, b, groups, d]`` are those of all positions up to
+    the last query.
+    """
     mask = None if context is None else context.attention_mask
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     repeats = query.shape[1] // key.shape[1]
@@ -97,7 +124,10 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, context: MicroContext | None
 
 
 def flash(query: Tensor, key: Tensor, value: Tensor, context: MicroContext | None, scale: float | None) -> Tensor:
-    """Attention by flash-attn, documents as variable-length sequences; shapes as in :meth:`CoreAttention.forward`."""
+    """Attention by flash-attn, documents as variable-length sequences; shapes as in :func:`sdpa`.
+
+    Where there are more keys than queries, ``causal`` lets the last query see the last key (flash-attn 2.1 and later).
+    """
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     s, b = query.shape[:2]
@@ -105,9 +135,23 @@ def flash(query: Tensor, key: Tensor, value: Tensor, context: MicroContext | Non
     if context is None or context.is_causal:
         out = flash_attn_func(query, key, value, softmax_scale=scale, causal=True)
     else:
-        starts, longest = context.cu_seqlens, context.max_document_length
-        query, key, value = (x.reshape(b * s, *x.shape[2:]) for x in (query, key, value))
+        segments = context.segments
         out = flash_attn_varlen_func(
-            query, key, value, starts, starts, longest, longest, softmax_scale=scale, causal=True
+            query.reshape(b * s, *query.shape[2:]),
+            _join(key, segments.first_keys),
+            _join(value, segments.first_keys),
+            segments.query_starts,
+            segments.key_starts,
+            segments.longest_query,
+            segments.longest_key,
+            softmax_scale=scale,
+            causal=True,
         )
     return out.view(b, s, -1).transpose(0, 1).contiguous()
+
+
+def _join(x: Tensor, firsts: list[int]) -> Tensor:
+    """``[b, s, ...]`` to one sequence of what begins at position ``firsts[i]`` of sequence ``i``."""
+    if len(firsts) == 1:
+        return x[0, firsts[0] :]
+    return torch.cat([sequence[first:] for sequence, first in zip(x, firsts, strict=True)])

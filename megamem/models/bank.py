@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megamem.memory.config import BankConfig
 from megamem.memory.names import bank_stream_name, bank_table_name
@@ -23,19 +23,24 @@ class Bank(MegatronModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, *, bank: BankConfig, layer: int, tp_group: ProcessGroup | None = None
+        self,
+        config: TransformerConfig,
+        *,
+        bank: BankConfig,
+        layer: int,
+        pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        """``layer`` is zero-based over the whole model; ``tp_group`` defaults to megatron's."""
+        """``layer`` is zero-based over the whole model; ``pg_collection`` defaults to megatron's groups."""
         super().__init__(config)
         levels = [level for level, units in enumerate(bank.units, start=1) if units]
         self._streams = [bank_stream_name(level) for level in levels]
         self._tables = [bank_table_name(layer, level) for level in levels]
-        self._slice = SequenceSlice(config, tp_group)
+        self._slice = SequenceSlice(config, pg_collection)
 
     def forward(self, x: Tensor, context: MicroContext) -> Tensor:
         """What the blocks add to the feed-forward output for its input ``x``, in the shape and dtype of ``x``.
 
-        ``x`` is ``[s, b, h]``, or ``[s / tp, b, h]`` under sequence parallelism; ``context.memory`` must be there.
+        ``x`` is ``[s / cp, b, h]``, or ``[s / (cp * tp), b, h]`` under sequence parallelism; ``context.memory`` must be there.
         """
         memory = context.memory
         assert memory is not None

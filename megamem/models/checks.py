@@ -5,7 +5,7 @@ from __future__ import annotations
 from megamem.errors import ConfigError
 from megamem.memory.config import MemoryConfig
 from megamem.models.config import ModelConfig
-from megamem.parallel.layout import Layout, stage_layers
+from megamem.parallel.layout import Layout
 
 
 def check_model(
@@ -15,7 +15,7 @@ def check_model(
 
     A vocabulary of 0 entries, not yet taken from the data, fits everything.
     """
-    stage_layers(model.num_layers, layout.pp, 0)
+    layout.stage_layers(model.num_layers, 0)
     _check_memory_layers(model, memory)
     _check_tensor_parallel(model, memory, layout, seq_length, sequence_parallel)
     _check_experts(model, layout, sequence_parallel)
@@ -51,7 +51,6 @@ def _check_tensor_parallel(
         "model.ffn_hidden_size": model.ffn_hidden_size,
     }
     if model.moe.layers:
-        split["model.moe.ffn_hidden_size"] = model.moe.ffn_hidden_size
         split["model.moe.shared_expert_hidden_size"] = model.moe.shared_expert_hidden_size
     for name, size in split.items():
         if size % layout.tp:
@@ -60,9 +59,13 @@ def _check_tensor_parallel(
         raise ConfigError(
             f"queries, keys and values are {projected} wide together, not a multiple of {tp}; set model.kv_channels to one"
         )
-    if seq_length % layout.tp and (sequence_parallel or memory.engram.layers or memory.bank.enabled):
+    sliced = sequence_parallel or memory.engram.layers or memory.bank.enabled
+    cuts = layout.slices if sliced else layout.cp
+    if seq_length % cuts:
+        context = f"parallel.context_parallel_size={layout.cp}"
+        over = context if cuts == layout.cp else tp if layout.cp == 1 else f"{context} x {tp}"
         raise ConfigError(
-            f"the sequence length {seq_length} is not a multiple of {tp}, over which it is split; "
+            f"the sequence length {seq_length} is not a multiple of {over}, over which it is split; "
             "set one to fit the other"
         )
 
@@ -72,7 +75,17 @@ def _check_experts(model: ModelConfig, layout: Layout, sequence_parallel: bool) 
     if not model.moe.layers:
         if layout.ep > 1:
             raise ConfigError(f"{ep}, but model.moe.layers names no layer; set {ep.partition('=')[0]} to 1")
+        if layout.etp != layout.tp:
+            raise ConfigError(
+                f"parallel.expert_tensor_parallel_size={layout.etp}, but model.moe.layers names no layer; set it to 0"
+            )
         return
+    if model.moe.ffn_hidden_size % layout.etp:
+        setting = "tensor_model_parallel_size" if layout.etp == layout.tp else "expert_tensor_parallel_size"
+        raise ConfigError(
+            f"model.moe.ffn_hidden_size={model.moe.ffn_hidden_size} is not a multiple of parallel.{setting}={layout.etp}; "
+            "set one to fit the other"
+        )
     if model.moe.num_experts % layout.ep:
         raise ConfigError(
             f"model.moe.num_experts={model.moe.num_experts} is not a multiple of {ep}; set one to fit the other"

@@ -45,7 +45,7 @@ class MoEConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """``model``: a decoder of grouped-query attention with RoPE and QK-norm, zero-centred RMSNorm and SwiGLU, no biases."""
+    """``model``: a decoder of grouped-query attention with RoPE, RMSNorm and SwiGLU, no biases."""
 
     num_layers: int = 6
     """Transformer layers."""
@@ -65,8 +65,13 @@ class ModelConfig:
     """The embedding has this multiple of rows, whatever the tensor-parallel size, so that checkpoints fit any layout."""
     rotary_base: float = 10000.0
     """Base of the RoPE frequencies."""
+    rope_scaling_factor: float = 1.0
+    """Slows the low RoPE frequencies by this factor, as Llama 3.1 and later do for contexts beyond 8192 tokens; 1 leaves them."""
     norm_epsilon: float = 1e-6
     """Added to the mean square in every RMSNorm."""
+    layernorm_zero_centered_gamma: bool = True
+    """RMSNorm scales by ``1 + weight`` and weights start at zero. False scales by ``weight``, which starts at one: the form of
+    Llama, Qwen3 and Mixtral, whose weights ``1 + weight`` would round. Norms of memories are zero-centred either way."""
     qk_layernorm: bool = True
     """RMSNorm of every query and key head."""
     untie_embeddings_and_output_weights: bool = False
@@ -81,6 +86,7 @@ class ModelConfig:
         at_least(self, 1, "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
         at_least(self, 1, "make_vocab_size_divisible_by")
         at_least(self, 0, "vocab_size", "kv_channels", "init_method_std")
+        at_least(self, 1, "rope_scaling_factor")
         above_zero(self, "rotary_base", "norm_epsilon")
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from megamem.memory.config import EngramConfig
 from megamem.memory.names import engram_stream_name, engram_table_name
@@ -45,47 +45,52 @@ class Engram(MegatronModule):
         u = sigmoid(score) * v
         delta = silu(conv(norm_conv(u))) + u                             without conv: u
 
-    Under tensor parallelism each rank works on its slice of the sequence with replicated parameters, whose gradients
-    are partial over the group.
+    Under tensor and context parallelism each rank works on its slice of the sequence with replicated parameters, whose
+    gradients are partial over the group.
     """
 
     def __init__(
-        self, config: TransformerConfig, *, engram: EngramConfig, layer: int, tp_group: ProcessGroup | None = None
+        self,
+        config: TransformerConfig,
+        *,
+        engram: EngramConfig,
+        layer: int,
+        pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        """``layer`` is zero-based over the whole model; ``tp_group`` defaults to megatron's."""
+        """``layer`` is zero-based over the whole model; ``pg_collection`` defaults to megatron's groups."""
         super().__init__(config)
         hidden, eps, dtype = config.hidden_size, config.layernorm_epsilon, config.params_dtype
         embedding = len(engram.orders) * engram.heads * engram.width
         self.key_proj = nn.Linear(embedding, hidden, bias=False, dtype=dtype)
         self.value_proj = nn.Linear(embedding, hidden, bias=False, dtype=dtype)
-        self.norm_key = RMSNorm(config, hidden, eps)
-        self.norm_query = RMSNorm(config, hidden, eps)
+        self.norm_key = RMSNorm(config, hidden, eps, zero_centered=True)
+        self.norm_query = RMSNorm(config, hidden, eps, zero_centered=True)
         self.norm_conv: RMSNorm | None = None
         self.conv: CausalConv | None = None
         if engram.conv_kernel_size:
-            self.norm_conv = RMSNorm(config, hidden, eps)
+            self.norm_conv = RMSNorm(config, hidden, eps, zero_centered=True)
             self.conv = CausalConv(hidden, engram.conv_kernel_size, max(engram.orders), dtype)
         self.layer = layer
         self.gate_observer: Callable[[Tensor], None] | None = None
-        """Called with the gates ``[s / tp, b, 1]`` fp32 of each forward pass, without gradient."""
+        """Called with the gates ``[s / slices, b, 1]`` fp32 of each forward pass, without gradient."""
         self._sqrt_gate = engram.sqrt_gate
         self._scale = 1 / math.sqrt(hidden)
         self._stream = engram_stream_name(layer)
         self._table = engram_table_name(layer)
-        self._slice = SequenceSlice(config, tp_group)
+        self._slice = SequenceSlice(config, pg_collection)
         self._slice.mark_partial(self)
 
     def forward(self, hidden_states: Tensor, context: MicroContext) -> Tensor:
         """What to add to ``hidden_states``, in their shape and dtype.
 
-        They are ``[s, b, h]``, or ``[s / tp, b, h]`` under sequence parallelism; ``context.memory`` must be there.
+        They are ``[s / cp, b, h]``, or ``[s / (cp * tp), b, h]`` under sequence parallelism; ``context.memory`` must be there.
         """
         hidden_states = self._slice.enter(hidden_states)
         gated = self._gated_value(hidden_states, self._read(context).to(hidden_states.dtype))
         return self._slice.leave(self._refine(gated, context.document_ids))
 
     def _read(self, context: MicroContext) -> Tensor:
-        """Concatenated rows ``[s / tp, b, E]``, in the rows' fp32 so that their gradients are summed in it."""
+        """Concatenated rows ``[s / slices, b, E]``, in the rows' fp32 so that their gradients are summed in it."""
         assert context.memory is not None
         return context.memory.lookup(self._table, self._stream).flatten(-2)
 

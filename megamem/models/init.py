@@ -15,7 +15,7 @@ from megamem.parallel.groups import Groups
 
 @torch.no_grad()
 def initialize_weights(model: GPTModel, config: ModelConfig, groups: Groups, *, seed: int) -> None:
-    """Fill every tensor of this rank's stage: zeros or ``N(0, std)``.
+    """Fill every tensor of this rank's stage: a constant or ``N(0, std)``.
 
     Each canonical tensor is drawn whole, in fp32 and on the CPU, from a generator of its own that is seeded by ``seed``
     and the canonical name; the rank keeps its shard. So every layout, dtype and device starts from the same numbers.
@@ -23,7 +23,7 @@ def initialize_weights(model: GPTModel, config: ModelConfig, groups: Groups, *, 
     for entry in canonical_entries(model, groups):
         std = _std(entry, config)
         if std == 0:
-            entry.local.zero_()
+            entry.local.fill_(getattr(entry.tensor, "init_value", 0.0))
             continue
         generator = torch.Generator().manual_seed(_seed(seed, entry.name))
         full = torch.empty(global_shape(entry, groups), dtype=torch.float32)
@@ -31,7 +31,7 @@ def initialize_weights(model: GPTModel, config: ModelConfig, groups: Groups, *, 
 
 
 def _std(entry: CanonicalEntry, config: ModelConfig) -> float:
-    """``param.init_std`` where it is set; zero for vectors (zero-centred norms, expert biases).
+    """``param.init_std`` where it is set; zero for vectors (norms, which start at ``param.init_value``, and expert biases).
 
     The matrices that write into the residual stream get less, by the square root of how many do (GPT-2, section 2.3).
     """

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker, get_updated_expert_bias
 from megatron.core.transformer.moe.router import TopKRouter
+from torch import nn
 
+from megamem.models.chunks import model_chunks
 from megamem.parallel.groups import Groups
 
 _LOSS = "load_balancing_loss"  # megatron's name of the auxiliary loss in its tracker
 
 
 @torch.no_grad()
-def update_router_bias(model: GPTModel, *, discard: bool = False) -> None:
+def update_router_bias(model: nn.Module, *, discard: bool = False) -> None:
     """Move the selection biases of ``sigmoid_bias`` routers by one step, after each optimizer step.
 
     Up where an expert got fewer tokens of the global batch than the average, down where it got more (arXiv 2408.15664,
@@ -27,7 +28,8 @@ def update_router_bias(model: GPTModel, *, discard: bool = False) -> None:
     if not discard:
         counts = torch.stack([router.local_tokens_per_expert for router in routers])
         biases = torch.stack([router.expert_bias for router in routers])
-        updated = get_updated_expert_bias(counts, biases, model.config.moe_router_bias_update_rate)
+        rate = routers[0].config.moe_router_bias_update_rate
+        updated = get_updated_expert_bias(counts, biases, rate)
         for router, bias in zip(routers, updated, strict=True):
             router.expert_bias.copy_(bias)
     for router in routers:
@@ -35,13 +37,13 @@ def update_router_bias(model: GPTModel, *, discard: bool = False) -> None:
 
 
 @torch.no_grad()
-def take_aux_loss(model: GPTModel, groups: Groups, *, micro_batches: int) -> float:
+def take_aux_loss(model: nn.Module, groups: Groups, *, micro_batches: int) -> float:
     """Load-balancing loss of the last step, averaged over layers, micro-batches and data-parallel ranks.
 
     Without its coefficient: 1 is perfect balance, ``num_experts / router_topk`` the worst case. 0 for a model without
     this loss. Collective over the world; megatron accumulates it until it is taken.
     """
-    config = model.config
+    config = model_chunks(model)[0].config
     if not config.num_moe_experts or config.moe_router_load_balancing_type != "aux_loss":
         return 0.0
     tracked = get_moe_layer_wise_logging_tracker().pop(_LOSS, None)

@@ -23,13 +23,18 @@ from megamem.models.attention import CoreAttention
 from megamem.models.config import ModelConfig, MoEConfig
 from megamem.models.layer import MemoryTransformerLayer, MemoryTransformerLayerSubmodules
 from megamem.models.norm import RMSNorm
-from megamem.parallel.layout import Layout, stage_layers
+from megamem.parallel.layout import Layout
+from megamem.train.config import Recompute
 
 
 def transformer_config(
-    model: ModelConfig, layout: Layout, *, dtype: torch.dtype, sequence_parallel: bool
+    model: ModelConfig, layout: Layout, *, dtype: torch.dtype, sequence_parallel: bool, recompute: Recompute = "none"
 ) -> TransformerConfig:
-    """megatron-core's configuration of ``model``. Weights stay uninitialised: :mod:`megamem.models.init` draws them."""
+    """megatron-core's configuration of ``model``. Weights stay uninitialised: :mod:`megamem.models.init` draws them.
+
+    It is not told of context parallelism, for which megatron divides sequences in another way: core attention and
+    :class:`~megamem.models.rotary.PartRotaryEmbedding` know the group.
+    """
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -39,7 +44,7 @@ def transformer_config(
         kv_channels=model.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
-        layernorm_zero_centered_gamma=True,
+        layernorm_zero_centered_gamma=model.layernorm_zero_centered_gamma,
         qk_layernorm=model.qk_layernorm,
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -53,12 +58,39 @@ def transformer_config(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         sequence_parallel=sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers or None,
+        # Of two stages the last one follows from the first: told both, megatron divides by the number of stages between.
+        num_layers_in_last_pipeline_stage=(
+            None if layout.pp == 2 and layout.first_stage_layers else layout.last_stage_layers or None
+        ),
+        **(_interleaving_settings(layout) if layout.vpp > 1 else {}),
+        **_recompute_settings(recompute),
         **(_moe_settings(model) if model.moe.layers else {}),
     )
+
+
+def _interleaving_settings(layout: Layout) -> dict[str, object]:
+    return {
+        "virtual_pipeline_model_parallel_size": layout.vpp,
+        # Activations and gradients travel in messages of their own: of two stages each is the next and the previous one of
+        # the other, and a batch of both kinds would be mixed up on arrival.
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+    }
+
+
+def _recompute_settings(recompute: Recompute) -> dict[str, object]:
+    """``selective`` names the core attention; :class:`MemoryTransformerLayer` adds the memories."""
+    if recompute == "none":
+        return {}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def _moe_settings(model: ModelConfig) -> dict[str, object]:
@@ -91,10 +123,9 @@ def _moe_settings(model: ModelConfig) -> dict[str, object]:
 
 
 def block_spec(
-    model: ModelConfig, memory: MemoryConfig, layout: Layout, *, stage: int, attention_backend: str
+    model: ModelConfig, memory: MemoryConfig, layers: range, *, attention_backend: str
 ) -> TransformerBlockSubmodules:
-    """Specs of the layers that pipeline stage ``stage`` holds, and of the final norm."""
-    layers = stage_layers(model.num_layers, layout.pp, stage)
+    """Specs of ``layers``, zero-based over the whole model, and of the final norm."""
     return TransformerBlockSubmodules(
         layer_specs=[_layer_spec(model, memory, layer, attention_backend) for layer in layers], layer_norm=RMSNorm
     )

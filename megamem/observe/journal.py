@@ -60,7 +60,8 @@ class Journal:
                 logger.warning("%s cannot be written (%s): measurements are lost until it can", self._path, error)
 
     def event(self, name: str, step: int, /, **details: Any) -> Entry:
-        """Append an entry of kind ``event``. The names that readers know: start, checkpoint, skip, stop, fail."""
+        """Append an entry of kind ``event``. The names that readers know: start, skip, checkpoint, checkpoint_failed,
+        new_memories, offload, stop, fail."""
         return self.write("event", step, event=name, **details)
 
     def start(self, first_step: int, /, **details: Any) -> Entry:

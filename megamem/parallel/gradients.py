@@ -55,23 +55,29 @@ def is_copy(param: torch.Tensor) -> bool:
 
 
 def all_reduce_sum(
-    tensors: Iterable[torch.Tensor], group: dist.ProcessGroup, bucket_elements: int = BUCKET_ELEMENTS
+    tensors: Iterable[torch.Tensor],
+    group: dist.ProcessGroup,
+    device: torch.device,
+    bucket_elements: int = BUCKET_ELEMENTS,
 ) -> None:
-    """Sum tensors of one dtype over ``group`` in place, many per all-reduce. All ranks bring the same shapes."""
+    """Sum tensors of one dtype over ``group`` in place, many per all-reduce. All ranks bring the same shapes.
+
+    The sum is taken on ``device``, wherever the tensors are: offloaded gradients too go by the accelerator's network.
+    """
     bucket: list[torch.Tensor] = []
     elements = 0
     for tensor in tensors:
         if bucket and elements + tensor.numel() > bucket_elements:
-            _reduce_bucket(bucket, group)
+            _reduce_bucket(bucket, group, device)
             bucket, elements = [], 0
         bucket.append(tensor)
         elements += tensor.numel()
     if bucket:
-        _reduce_bucket(bucket, group)
+        _reduce_bucket(bucket, group, device)
 
 
-def _reduce_bucket(bucket: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
-    flat = _flatten_dense_tensors(bucket)
+def _reduce_bucket(bucket: Sequence[torch.Tensor], group: dist.ProcessGroup, device: torch.device) -> None:
+    flat = _flatten_dense_tensors(bucket).to(device)
     dist.all_reduce(flat, group=group)
     torch._foreach_copy_(list(bucket), list(_unflatten_dense_tensors(flat, bucket)))
 
@@ -81,4 +87,4 @@ def sum_of_squares(fragments: Sequence[torch.Tensor], device: torch.device) -> t
     if not fragments:
         return torch.zeros((), dtype=torch.float64, device=device)
     norms = torch._foreach_norm([fragment.reshape(-1) for fragment in fragments], dtype=torch.float32)
-    return torch.stack(list(norms)).double().square().sum()
+    return torch.stack(list(norms)).to(device).double().square().sum()

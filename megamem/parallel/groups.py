@@ -29,11 +29,17 @@ class Groups:
     """Where the model of this rank lives: ``cuda:LOCAL_RANK``, or the CPU."""
     world: dist.ProcessGroup
     tp: dist.ProcessGroup
-    """Tensor parallel; also what experts are split over (expert tensor parallelism equals tensor parallelism)."""
+    cp: dist.ProcessGroup
+    """Context parallel: ranks that share every sequence."""
     dp: dist.ProcessGroup
+    """Data parallel: ranks that see different sequences."""
+    dp_cp: dist.ProcessGroup
+    """Data and context parallel together: replicas of a dense parameter, over which ZeRO shards its state."""
     pp: dist.ProcessGroup
     ep: dist.ProcessGroup
     """Ranks that together hold one copy of the experts."""
+    etp: dist.ProcessGroup
+    """Tensor parallel inside experts."""
     expert_dp: dist.ProcessGroup
     """Ranks that hold the same experts."""
     embedding: dist.ProcessGroup | None
@@ -89,7 +95,10 @@ def initialize(layout: Layout, *, seed: int) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
     )
@@ -103,9 +112,12 @@ def initialize(layout: Layout, *, seed: int) -> Groups:
         device=_local_device(),
         world=dist.distributed_c10d._get_default_group(),
         tp=parallel_state.get_tensor_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         ep=parallel_state.get_expert_model_parallel_group(),
+        etp=parallel_state.get_expert_tensor_parallel_group(),
         expert_dp=parallel_state.get_expert_data_parallel_group(),
         embedding=parallel_state.get_embedding_group(check_initialized=False),
     )
@@ -127,9 +139,12 @@ def _check_coordinates(layout: Layout, ours: Coordinates) -> None:
     megatron = Coordinates(
         rank=dist.get_rank(),
         tp=parallel_state.get_tensor_model_parallel_rank(),
+        cp=parallel_state.get_context_parallel_rank(),
         dp=parallel_state.get_data_parallel_rank(),
         pp=parallel_state.get_pipeline_model_parallel_rank(),
         ep=parallel_state.get_expert_model_parallel_rank(),
+        etp=parallel_state.get_expert_tensor_parallel_rank(),
+        slice=parallel_state.get_tensor_and_context_parallel_rank(),
     )
     if megatron != ours or parallel_state.get_data_parallel_world_size() != layout.dp:
         raise RuntimeError(f"megatron-core places this rank at {megatron}, but the layout {layout} expects {ours}")

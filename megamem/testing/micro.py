@@ -17,7 +17,7 @@ class FixedMemory:
     tables: dict[str, Tensor]
     """``[unique, width]`` by table name."""
     indices: dict[str, np.ndarray]
-    """``[b, s / tp, k]`` int64 by stream name."""
+    """``[b, s / slices, k]`` int64 by stream name."""
 
     def rows(self, table: str) -> Tensor:
         """Working set of a table."""

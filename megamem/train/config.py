@@ -8,6 +8,8 @@ from typing import Literal
 from megamem.config import above_zero, at_least
 from megamem.errors import ConfigError
 
+Recompute = Literal["none", "selective", "full"]
+
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
@@ -23,6 +25,9 @@ class TrainConfig:
     """Root of every random draw of the run."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """``auto``: bf16 with fp32 master weights on a CUDA device, fp32 elsewhere."""
+    recompute: Recompute = "none"
+    """What backward computes again instead of keeping it: nothing; the core attention and the memory modules (``selective``);
+    every layer from its input (``full``). Saves memory, costs time, changes no result."""
     eval_interval: int = 0
     """Steps between evaluations on the validation split; 0 evaluates at the end only."""
     eval_batches: int = 4
@@ -49,6 +54,12 @@ class TrainConfig:
 class OptimizerConfig:
     """``optimizer``: AdamW of the dense parameters under DeepSpeed ZeRO, and the schedule that rows share."""
 
+    zero_stage: int = 1
+    """What is split over the replicas of a dense parameter. 0: nothing. 1: fp32 master weights and moments. 2: gradients too,
+    which are then reduced in every micro-batch; not with pipeline stages. Changes no result but for rounding."""
+    offload: Literal["none", "host"] = "none"
+    """``host``: master weights and moments in host memory, stepped there by DeepSpeed's CPU Adam. That is compiled at the first
+    use on a machine; torch's fused AdamW takes its place where it cannot be."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr_ratio: float = 0.1
@@ -70,6 +81,13 @@ class OptimizerConfig:
     """Global norm over dense and table gradients, each counted once; 0 for no clipping."""
 
     def __post_init__(self) -> None:
+        if self.zero_stage == 3:
+            raise ConfigError(
+                "zero_stage is 3, which leaves no parameter whole on any rank between two layers, where checkpoints and exports "
+                "read them; set 2, with offload=host or a larger tensor_model_parallel_size where memory is short"
+            )
+        if self.zero_stage not in (0, 1, 2):
+            raise ConfigError(f"zero_stage is {self.zero_stage}; set 0, 1 or 2")
         above_zero(self, "lr", "epsilon")
         at_least(self, 0, "warmup_steps", "decay_steps", "weight_decay", "clip_grad")
         if self.schedule == "cosine" and 0 < self.decay_steps <= self.warmup_steps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megamem.batch import MicroBatch, StepBatch
 from megamem.memory.step import StepMemory
+from megamem.models.chunks import model_chunks
 from megamem.models.micro import MicroContext
 from megamem.parallel.groups import Groups
 
@@ -37,10 +39,12 @@ class _DeviceMicroBatch:
 
 
 class StepRunner:
-    """Runs forward (and backward) over all micro-batches of a step, on this rank's pipeline stage."""
+    """Runs forward (and backward) over all micro-batches of a step, on this rank's pipeline stage: ``model`` is its model, or
+    the ``ModuleList`` of its chunks."""
 
     def __init__(self, model: torch.nn.Module, groups: Groups, *, seq_length: int, micro_batch_size: int) -> None:
         self.model = model
+        self._chunks = model_chunks(model)
         self.groups = groups
         self.seq_length = seq_length
         self.micro_batch_size = micro_batch_size
@@ -53,7 +57,8 @@ class StepRunner:
         """
         tokens = int(self._world_sum(batch.loss_tokens if self._counts else 0.0))
         count = len(batch.micro_batches)
-        # The schedule divides by the number of micro-batches and the engines by the data-parallel size.
+        # The schedule divides by the number of micro-batches and multiplies by the context-parallel size; the engines divide
+        # by the data- times the context-parallel size.
         scale = count * self.groups.layout.dp / max(tokens, 1)
         losses: list[torch.Tensor] = []
         forward = partial(self._forward, scale=scale, losses=losses)
@@ -61,8 +66,8 @@ class StepRunner:
         with torch.set_grad_enabled(train):
             self._schedule(
                 forward_step_func=forward,
-                data_iterator=self._to_device(batch, memory),
-                model=[self.model],
+                data_iterator=list(tee(self._to_device(batch, memory), len(self._chunks))),
+                model=self._chunks,
                 num_microbatches=count,
                 seq_length=self.seq_length,
                 micro_batch_size=self.micro_batch_size,
@@ -75,7 +80,7 @@ class StepRunner:
     @property
     def _counts(self) -> bool:
         """Whether this rank speaks for its data-parallel rank in sums over the world."""
-        return self.groups.coordinates.tp == 0 and self.groups.coordinates.pp == 0
+        return self.groups.coordinates.slice == 0 and self.groups.coordinates.pp == 0
 
     def _world_sum(self, value: float) -> float:
         total = torch.tensor([value], dtype=torch.float64)
@@ -87,18 +92,20 @@ class StepRunner:
             yield self._micro(micro, memory, index)
 
     def _micro(self, micro: MicroBatch, memory: StepMemory | None, index: int) -> _DeviceMicroBatch:
-        device = self.groups.device
-        b, s = micro.shape
+        device, rows = self.groups.device, None if memory is None else memory.micro(index)
+        parts = self.groups.layout.cp
+        context = MicroContext.from_batch(micro, device, rows, part=self.groups.coordinates.cp, parts=parts)
+        positions = context.positions
 
         def put(array: Any) -> torch.Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
 
         return _DeviceMicroBatch(
-            tokens=put(micro.tokens),
-            labels=put(micro.labels),
-            position_ids=torch.arange(s, device=device).expand(b, s),
-            loss_mask=put(micro.loss_mask),
-            context=MicroContext.from_batch(micro, device, None if memory is None else memory.micro(index)),
+            tokens=put(micro.tokens[:, positions]),
+            labels=put(micro.labels[:, positions]),
+            position_ids=torch.arange(positions.start, positions.stop, device=device).expand(len(micro.tokens), -1),
+            loss_mask=put(micro.loss_mask[:, positions]),
+            context=context,
         )
 
     def _forward(

@@ -70,14 +70,18 @@ class Trainer:
     validation: TokenLoader | None
     observer: Observer
     save: Callable[[int], None]
-    """Write a checkpoint of the state after this many steps."""
+    """Write a checkpoint of the state after this many steps, or begin to: the state may change when it returns."""
     checkpoint_interval: int
+    after_step: Callable[[], None] = lambda: None
+    """Called after every step: what goes on in the background has its say here."""
     memory_config: MemoryConfig = field(default_factory=MemoryConfig)
     """Prefetch depth, and learning rate and clipping of rows."""
     progress: Progress = field(default_factory=Progress)
     guard: LossGuard = field(init=False)
     _ahead: deque[tuple[StepBatch, Ticket]] = field(default_factory=deque, init=False)
     """Steps whose rows are on their way, the next one first."""
+    _saving_seconds: float = field(default=0.0, init=False)
+    """Time spent in :attr:`save` since the last step was reported."""
 
     def __post_init__(self) -> None:
         self.guard = LossGuard(self.config)
@@ -95,12 +99,13 @@ class Trainer:
             if self.validation is not None and self._due(step, self.config.eval_interval, last):
                 self.evaluate("last")
             if self._due(step, self.checkpoint_interval, False) and not last:
-                self.save(step)
+                self._save(step)
                 saved = step
+            self.after_step()
         if self.validation is not None and self.has_memory:
             self.evaluate("last_blocked", blocked=True)
         if saved != self.progress.step:
-            self.save(self.progress.step)
+            self._save(self.progress.step)
 
     @property
     def has_memory(self) -> bool:
@@ -112,6 +117,11 @@ class Trainer:
     @staticmethod
     def _due(step: int, interval: int, last: bool) -> bool:
         return last or bool(interval and step % interval == 0)
+
+    def _save(self, step: int) -> None:
+        began = time.perf_counter()
+        self.save(step)
+        self._saving_seconds += time.perf_counter() - began
 
     def _step(self, step: int) -> None:
         began = time.perf_counter()
@@ -186,11 +196,13 @@ class Trainer:
             "loss_tokens": measured.tokens,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
+            "checkpoint_seconds": self._saving_seconds,
             "memory_bytes": memory_bytes(),
             "skipped": int(skipped),
             "aux_loss": take_aux_loss(self.model, self.groups, micro_batches=len(batch.micro_batches)),
             **self.memory.stats,
         }
+        self._saving_seconds = 0.0
         self.observer.step(step + 1, metrics)
 
     def evaluate(self, name: str, *, blocked: bool = False) -> float:

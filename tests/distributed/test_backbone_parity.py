@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import tee
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import nn
 
 from megamem.batch import MicroBatch
 from megamem.memory.config import MemoryConfig
 from megamem.models.canonical import canonical_entries, gather
+from megamem.models.chunks import model_chunks
 from megamem.models.config import ModelConfig, MoEConfig
 from megamem.models.gpt import build_model
 from megamem.models.micro import MicroContext
@@ -22,6 +25,7 @@ from megamem.models.router import take_aux_loss, update_router_bias
 from megamem.parallel.groups import Groups, destroy, initialize
 from megamem.parallel.layout import Layout
 from megamem.testing.distributed import run_distributed
+from megamem.train.config import Recompute
 
 SEQUENCE, MICRO_BATCHES = 12, 4
 
@@ -66,17 +70,22 @@ def micro_batch(index: int) -> MicroBatch:
     )
 
 
-def one_step(layout: Layout, model: ModelConfig, sequence_parallel: bool) -> dict:
+def one_step(layout: Layout, model: ModelConfig, sequence_parallel: bool, recompute: Recompute = "none") -> dict:
     """Forward and backward of one optimizer step on this rank; whole tensors by canonical name."""
     groups = initialize(layout, seed=0)
-    gpt = build_model(
-        model,
-        MemoryConfig(),
-        groups=groups,
-        seq_length=SEQUENCE,
-        dtype=torch.float32,
-        seed=11,
-        sequence_parallel=sequence_parallel,
+    gpt = nn.ModuleList(
+        build_model(
+            model,
+            MemoryConfig(),
+            groups=groups,
+            seq_length=SEQUENCE,
+            dtype=torch.float32,
+            seed=11,
+            sequence_parallel=sequence_parallel,
+            recompute=recompute,
+            chunk=chunk,
+        )
+        for chunk in range(layout.vpp)
     )
     weights = {e.name: gather(e, e.local, groups).numpy().copy() for e in canonical_entries(gpt, groups)}
 
@@ -101,8 +110,8 @@ def one_step(layout: Layout, model: ModelConfig, sequence_parallel: bool) -> dic
 
     totals = get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=iter(own),
-        model=gpt,
+        data_iterator=list(tee(own, layout.vpp)),
+        model=model_chunks(gpt),
         num_microbatches=len(own),
         seq_length=SEQUENCE,
         micro_batch_size=2,
@@ -127,7 +136,7 @@ def one_step(layout: Layout, model: ModelConfig, sequence_parallel: bool) -> dic
     }
 
 
-def _reduce(gpt: GPTModel, groups: Groups) -> None:
+def _reduce(gpt: nn.ModuleList, groups: Groups) -> None:
     """What the trainer does to gradients, spelled out."""
     for parameter in gpt.parameters():
         if getattr(parameter, "sequence_parallel", False) or getattr(parameter, "grad_partial_over_tp", False):
@@ -135,8 +144,10 @@ def _reduce(gpt: GPTModel, groups: Groups) -> None:
         expert = not getattr(parameter, "allreduce", True)
         dist.all_reduce(parameter.grad, group=groups.expert_dp if expert else groups.dp)
         parameter.grad /= groups.layout.dp
-    if gpt.share_embeddings_and_output_weights and groups.layout.pp > 1 and groups.embedding is not None:
-        dist.all_reduce(gpt.shared_embedding_or_output_weight().grad, group=groups.embedding)
+    if groups.layout.pp > 1:
+        for parameter in gpt.parameters():
+            if getattr(parameter, "shared_embedding", False):
+                dist.all_reduce(parameter.grad, group=groups.embedding)
 
 
 @cache
@@ -160,13 +171,31 @@ CASES = [
     ("softmax", Layout(4, tp=2, ep=2), True),
     ("softmax-alltoall", Layout(4, tp=2, ep=2), True),
     ("softmax", Layout(4, pp=2, ep=2), False),
+    ("tied", Layout(2, pp=2, vpp=2), False),
+    ("softmax", Layout(4, tp=2, pp=2, vpp=2), True),
+    ("sigmoid", Layout(3, pp=3, last_stage_layers=2), False),
+    ("tied", Layout(2, pp=2, first_stage_layers=1), False),
+    ("untied", Layout(2, pp=2, first_stage_layers=1, last_stage_layers=3), False),
+    ("softmax", Layout(2, tp=2, etp=1), True),
+    ("softmax", Layout(2, tp=2, ep=2, etp=1), True),
+    ("softmax-alltoall", Layout(2, tp=2, ep=2, etp=1), True),
+    ("sigmoid", Layout(2, etp=2), False),
+    ("sigmoid-alltoall", Layout(4, etp=2, ep=2), False),
+    ("softmax-alltoall", Layout(4, tp=2, ep=4, etp=1), True),
 ]
+
+
+def _label(layout: Layout) -> str:
+    uneven = layout.first_stage_layers or layout.last_stage_layers
+    ends = f"-{layout.first_stage_layers}..{layout.last_stage_layers}" if uneven else ""
+    sizes = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "dp": layout.dp, "ep": layout.ep, "etp": layout.etp}
+    return "-".join(f"{name}{size}" for name, size in sizes.items()) + ends
 
 
 @pytest.mark.parametrize(
     "name,layout,sequence_parallel",
     CASES,
-    ids=[f"{n}-tp{x.tp}-pp{x.pp}-dp{x.dp}-ep{x.ep}-{'sp' if sp else 'no-sp'}" for n, x, sp in CASES],
+    ids=[f"{n}-{_label(x)}{'-sp' if sp else ''}" for n, x, sp in CASES],
 )
 def test_layouts_agree_with_one_process(name: str, layout: Layout, sequence_parallel: bool) -> None:
     expected = one_process(name)
@@ -186,6 +215,27 @@ def test_layouts_agree_with_one_process(name: str, layout: Layout, sequence_para
             np.testing.assert_allclose(value, expected["gradients"][tensor], atol=1e-5, rtol=1e-4, err_msg=tensor)
         for tensor, value in rank["biases"].items():
             np.testing.assert_array_equal(value, expected["biases"][tensor], err_msg=tensor)
+
+
+@pytest.mark.parametrize(
+    "name,layout,sequence_parallel",
+    [
+        ("softmax", Layout(), False),
+        ("sigmoid", Layout(2, ep=2), False),
+        ("softmax-alltoall", Layout(4, tp=2, pp=2, vpp=2), True),
+    ],
+    ids=["one-process", "ep2", "tp2-pp2-vpp2-sp"],
+)
+def test_recompute_changes_no_bit(name: str, layout: Layout, sequence_parallel: bool) -> None:
+    kept = run_distributed(one_step, layout.world_size, layout, MODELS[name], sequence_parallel)
+    for recompute in ("selective", "full"):
+        again = run_distributed(one_step, layout.world_size, layout, MODELS[name], sequence_parallel, recompute)
+        for mine, theirs in zip(again, kept, strict=True):
+            assert (mine["loss"], mine["aux"]) == (theirs["loss"], theirs["aux"])
+            for kind in ("gradients", "biases"):
+                assert mine[kind].keys() == theirs[kind].keys()
+                for tensor, value in mine[kind].items():
+                    assert np.array_equal(value, theirs[kind][tensor]), f"{recompute}: {tensor}"
 
 
 def test_one_process_has_gradients_everywhere() -> None:

@@ -49,8 +49,8 @@ def train(
         links=create_links(Layout(world_size=size, tp=tp), memory, torch.device("cpu")),
         device="cpu",
         disk_root=Path(disk_root) if disk_root else None,
-        tp_rank=tp_rank,
-        tp_size=tp,
+        slice_index=tp_rank,
+        slices=tp,
     )
 
     def batch_of(step: int) -> StepBatch:

@@ -1,4 +1,5 @@
-"""Memory modules under tensor parallelism equal one process: outputs, and gradients of inputs, parameters and rows."""
+"""Memory modules under tensor and context parallelism equal one process: outputs, and gradients of inputs, parameters and
+rows."""
 
 from __future__ import annotations
 
@@ -27,13 +28,13 @@ TABLES = {"decoder.layers.0.engram.table": 3} | {
 Result = dict[str, np.ndarray]
 
 
-def run_modules(length: int, *, tp: int = 1, rank: int = 0, sequence_parallel: bool = False) -> dict[str, Result]:
+def run_modules(length: int, layout: Layout, *, rank: int = 0, sequence_parallel: bool = False) -> dict[str, Result]:
     """Forward and backward of both modules on this rank's part of one micro-batch; results by kind and name."""
     config = TransformerConfig(
         num_layers=1,
         hidden_size=HIDDEN,
         num_attention_heads=4,
-        tensor_model_parallel_size=tp,
+        tensor_model_parallel_size=layout.tp,
         sequence_parallel=sequence_parallel,
     )
     rng = np.random.default_rng(length)
@@ -47,17 +48,23 @@ def run_modules(length: int, *, tp: int = 1, rank: int = 0, sequence_parallel: b
     indices = {"decoder.layers.0.engram": rng.integers(0, ROWS, (BATCH, length, 4))}
     indices |= {f"bank.level{level + 1}": blocks[level][documents][..., None] for level in range(2)}
 
-    own = slice(rank * length // tp, (rank + 1) * length // tp)
+    place = layout.coordinates(rank)
+    own = slice(place.slice * length // layout.slices, (place.slice + 1) * length // layout.slices)
     memory = FixedMemory(tables, {name: np.ascontiguousarray(index[:, own]) for name, index in indices.items()})
-    context = MicroContext(document_ids=torch.from_numpy(documents), memory=memory)  # type: ignore[arg-type]
-    if sequence_parallel:
-        hidden, upstream = hidden[own], upstream[own]
+    context = MicroContext(
+        document_ids=torch.from_numpy(documents),
+        memory=memory,  # type: ignore[arg-type]
+        part=place.cp,
+        parts=layout.cp,
+    )
+    held = own if sequence_parallel else context.positions
+    hidden, upstream = hidden[held].clone(), upstream[held]
     hidden.requires_grad_()
 
     engram, bank = Engram(config, engram=ENGRAM, layer=0), Bank(config, bank=BANK, layer=0)
     for _, parameter in sorted(engram.named_parameters()):
         parameter.data.copy_(torch.from_numpy(rng.standard_normal(parameter.shape)) * 0.5)
-        assert parameter.grad_partial_over_tp == (tp > 1)
+        assert parameter.grad_partial_over_tp == (layout.tp > 1)
         assert not parameter.sequence_parallel
     output = engram(hidden, context) + bank(hidden, context)
     (output * upstream).sum().backward()
@@ -67,27 +74,34 @@ def run_modules(length: int, *, tp: int = 1, rank: int = 0, sequence_parallel: b
     }
 
 
-def run_cases(tp: int, cases: list[tuple[int, bool]]) -> list[Any]:
-    rank = groups.initialize(Layout(world_size=tp, tp=tp), seed=0).coordinates.tp
-    return [run_modules(length, tp=tp, rank=rank, sequence_parallel=sp) for length, sp in cases]
+def run_cases(layout: Layout, cases: list[tuple[int, bool]]) -> list[Any]:
+    rank = groups.initialize(layout, seed=0).coordinates.rank
+    return [run_modules(length, layout, rank=rank, sequence_parallel=sp) for length, sp in cases]
 
 
 @pytest.mark.parametrize(
-    ("tp", "lengths"),
-    [(2, [2, 6, 18, 26]), (4, [8, 48])],  # slices shorter than the reach of the convolution, as long, and longer
-    ids=["tp2", "tp4"],
+    ("tp", "cp", "lengths"),
+    [
+        # Slices shorter than the reach of the convolution, as long, and longer.
+        (2, 1, [2, 6, 18, 26]),
+        (4, 1, [8, 48]),
+        (1, 2, [2, 6, 18, 26]),
+        (2, 2, [8, 48]),
+    ],
+    ids=["tp2", "tp4", "cp2", "tp2-cp2"],
 )
-def test_equals_one_process(tp: int, lengths: list[int]) -> None:
-    cases = [(length, sp) for length in lengths for sp in (False, True)]
-    ranks = run_distributed(run_cases, tp, tp, cases)
+def test_equals_one_process(tp: int, cp: int, lengths: list[int]) -> None:
+    layout = Layout(world_size=tp * cp, tp=tp, cp=cp)
+    cases = [(length, sp) for length in lengths for sp in ((False, True) if tp > 1 else (False,))]
+    ranks = run_distributed(run_cases, layout.world_size, layout, cases)
     for (length, sequence_parallel), *results in zip(cases, *ranks, strict=True):
-        expected = run_modules(length)
+        expected = run_modules(length, Layout())
         for name, whole in expected["activations"].items():
             parts = [result["activations"][name] for result in results]
-            if sequence_parallel:
-                parts = [np.concatenate(parts)]
-            for part in parts:
-                np.testing.assert_allclose(part, whole, atol=2e-6, rtol=2e-6, err_msg=f"{name}, length {length}")
+            copies = 1 if sequence_parallel else tp  # tensor-parallel ranks hold the same part
+            for copy in range(copies):
+                together = np.concatenate(parts[copy::copies])
+                np.testing.assert_allclose(together, whole, atol=2e-6, rtol=2e-6, err_msg=f"{name}, length {length}")
         for name, whole in expected["partial"].items():
             total = sum(result["partial"][name] for result in results)
             scale = float(np.abs(whole).max())

@@ -1,4 +1,4 @@
-"""ZeRO-1 on small GPTs: every layout trains like one process, steps can be skipped, runs resumed bit for bit."""
+"""ZeRO on small GPTs: every layout and stage trains like one process, steps can be skipped, runs resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def _build(
-    layout: Layout, *, precision: str, moe: str, sequence_parallel: bool, tied: bool
+    layout: Layout,
+    *,
+    precision: str = "fp32",
+    moe: str = "",
+    sequence_parallel: bool = False,
+    tied: bool = True,
+    zero_stage: int = 1,
+    offload: str = "none",
 ) -> tuple[Groups, ZeroEngine]:
     groups = initialize(layout, seed=1)
     experts = MoEConfig(
@@ -64,7 +71,7 @@ def _build(
     )
     engine = ZeroEngine(
         gpt,
-        optimizer=OptimizerConfig(lr=1e-2),
+        optimizer=OptimizerConfig(lr=1e-2, zero_stage=zero_stage, offload=offload),  # type: ignore[arg-type]
         groups=groups,
         precision=precision,  # type: ignore[arg-type]
         gradient_accumulation_steps=SEQUENCES // layout.dp,
@@ -117,16 +124,20 @@ def _masters(engine: ZeroEngine, groups: Groups) -> list[tuple[str, np.ndarray]]
     return result
 
 
-def train_layout(
-    sizes: dict[str, int], *, precision: str = "fp32", moe: str = "", sequence_parallel: bool = False, tied: bool = True
-) -> tuple[list[float], list[tuple[str, np.ndarray]], bool]:
+def train_layout(sizes: dict[str, int], **options: Any) -> tuple[list[float], list[tuple[str, np.ndarray]], bool]:
     """Train for a few steps: squared norms, whole master weights, whether the parameters are these, rounded."""
-    groups, engine = _build(
-        Layout(**sizes), precision=precision, moe=moe, sequence_parallel=sequence_parallel, tied=tied
-    )
+    groups, engine = _build(Layout(**sizes), **options)
     norms = _train(engine, groups, range(STEPS))
     rounded = all(torch.equal(p, engine.full_state(p)["master"].to(p.dtype)) for p in engine.parameters)
-    return norms, _masters(engine, groups), rounded
+    result = norms, _masters(engine, groups), rounded
+    engine.close()
+    destroy()
+    return result
+
+
+def train_stages(sizes: dict[str, int], stages: list[dict[str, Any]], **options: Any) -> list[Any]:
+    """The result of :func:`train_layout` for each of ``stages``, one after the other in the same processes."""
+    return [train_layout(sizes, **options, **stage) for stage in stages]
 
 
 def _world(**sizes: int) -> dict[str, int]:
@@ -139,6 +150,7 @@ def one_process() -> Any:
     cache: dict[str, Any] = {}
 
     def get(**options: Any) -> tuple[list[float], dict[str, np.ndarray]]:
+        options = {"precision": "fp32", "moe": "", "tied": True} | options
         key = repr(sorted(options.items()))
         if key not in cache:
             norms, masters, _ = run_distributed(train_layout, 1, _world(), **options)[0]
@@ -193,6 +205,41 @@ def test_experts_are_averaged_over_all_tokens(one_process: Any, sizes: dict[str,
     _check(results, one_process(moe="allgather"), 1e-5)
 
 
+STAGES = [{"zero_stage": 0}, {"zero_stage": 2}, {"zero_stage": 2, "offload": "host"}]
+WITH_PIPELINE = [{"zero_stage": 0}, {"zero_stage": 1, "offload": "host"}]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stages", "options"),
+    [
+        pytest.param({"world_size": 2}, STAGES, {}, id="dp2"),
+        pytest.param({"world_size": 2, "pp": 2}, WITH_PIPELINE, {}, id="pp2-tied"),
+        pytest.param({"world_size": 4, "tp": 2}, STAGES, {"sequence_parallel": True}, id="tp2-sp-dp2"),
+        pytest.param({"world_size": 4, "ep": 2}, STAGES, {"moe": "alltoall"}, id="dp4-ep2"),
+        pytest.param(
+            {"world_size": 4, "tp": 2, "ep": 2},
+            STAGES,
+            {"moe": "allgather", "sequence_parallel": True},
+            id="tp2-sp-dp2-ep2",
+        ),
+        pytest.param(
+            {"world_size": 4, "tp": 2, "etp": 1, "ep": 2},
+            [{}, *STAGES],
+            {"moe": "alltoall", "sequence_parallel": True},
+            id="tp2-sp-etp1-ep2",
+        ),
+        pytest.param({"world_size": 2}, STAGES, {"precision": "bf16"}, id="dp2-bf16"),
+    ],
+)
+def test_every_stage_trains_like_one_process(
+    one_process: Any, sizes: dict[str, int], stages: list[dict[str, Any]], options: dict[str, Any]
+) -> None:
+    same_model = {"precision": options.get("precision", "fp32"), "moe": "allgather" if "moe" in options else ""}
+    ranks = run_distributed(train_stages, sizes["world_size"], sizes, stages, **options)
+    for stage in range(len(stages)):
+        _check([rank[stage] for rank in ranks], one_process(**same_model), 1e-5)
+
+
 def test_bf16_data_parallel_trains_like_one_process(one_process: Any) -> None:
     """bf16 activations round differently only in the order of sums: gradients are accumulated and reduced in fp32."""
     results = run_distributed(train_layout, 2, _world(world_size=2), precision="bf16")
@@ -207,9 +254,9 @@ def _bytes(engine: ZeroEngine) -> list[bytes]:
     ]
 
 
-def skip_then_resume(sizes: dict[str, int], precision: str, moe: str) -> dict[str, Any]:
+def skip_then_resume(sizes: dict[str, int], precision: str, moe: str, **stage: Any) -> dict[str, Any]:
     """Skip a step in the middle; then go on from saved state in a fresh engine, next to the engine that ran on."""
-    build = partial(_build, Layout(**sizes), precision=precision, moe=moe, sequence_parallel=False, tied=True)
+    build = partial(_build, Layout(**sizes), precision=precision, moe=moe, **stage)
     groups, engine = build()
     states = [engine.full_state(param) for param in engine.parameters]
     starts_empty = not any(state["exp_avg"].any() or state["exp_avg_sq"].any() for state in states)
@@ -246,18 +293,23 @@ def skip_then_resume(sizes: dict[str, int], precision: str, moe: str) -> dict[st
 
 
 @pytest.mark.parametrize(
-    ("sizes", "precision", "moe"),
+    ("sizes", "precision", "moe", "stage"),
     [
-        pytest.param({"world_size": 1}, "bf16", "", id="one-bf16"),
-        pytest.param({"world_size": 2, "ep": 2}, "fp32", "alltoall", id="dp2-ep2-fp32"),
-        pytest.param({"world_size": 2}, "bf16", "", id="dp2-bf16"),
-        pytest.param({"world_size": 2, "pp": 2}, "bf16", "", id="pp2-bf16"),
+        pytest.param({"world_size": 1}, "bf16", "", {}, id="one-bf16"),
+        pytest.param({"world_size": 2, "ep": 2}, "fp32", "alltoall", {}, id="dp2-ep2-fp32"),
+        pytest.param({"world_size": 2}, "bf16", "", {}, id="dp2-bf16"),
+        pytest.param({"world_size": 2, "pp": 2}, "bf16", "", {}, id="pp2-bf16"),
+        pytest.param({"world_size": 2}, "fp32", "", {"zero_stage": 0}, id="dp2-fp32-stage0"),
+        pytest.param({"world_size": 2, "ep": 2}, "fp32", "alltoall", {"zero_stage": 2}, id="dp2-ep2-fp32-stage2"),
+        pytest.param({"world_size": 2}, "bf16", "", {"zero_stage": 2}, id="dp2-bf16-stage2"),
+        pytest.param({"world_size": 2}, "bf16", "", {"offload": "host"}, id="dp2-bf16-host"),
+        pytest.param({"world_size": 2}, "fp32", "", {"zero_stage": 2, "offload": "host"}, id="dp2-fp32-stage2-host"),
     ],
 )
 def test_a_skipped_step_changes_nothing_and_a_resumed_run_continues_bit_for_bit(
-    sizes: dict[str, int], precision: str, moe: str
+    sizes: dict[str, int], precision: str, moe: str, stage: dict[str, Any]
 ) -> None:
-    for report in run_distributed(skip_then_resume, sizes["world_size"], sizes, precision, moe):
+    for report in run_distributed(skip_then_resume, sizes["world_size"], sizes, precision, moe, **stage):
         assert report["starts_empty"]
         assert report["skipped_norm"] > 0
         assert report["skipped_cleanly"]
@@ -269,7 +321,7 @@ def test_a_skipped_step_changes_nothing_and_a_resumed_run_continues_bit_for_bit(
 
 def norm_with_one_bad_gradient() -> list[bool]:
     """A NaN on one rank only reaches the norm of every rank, and the state stays finite when the step is skipped."""
-    groups, engine = _build(Layout(world_size=2), precision="fp32", moe="", sequence_parallel=False, tied=True)
+    groups, engine = _build(Layout(world_size=2))
     _accumulate(engine, groups, 0)
     if groups.coordinates.rank == 1:
         engine.parameters[0].grad.view(-1)[3] = float("nan")  # type: ignore[union-attr]

@@ -294,8 +294,10 @@ def test_context_of_documents(lengths: list[list[int]]) -> None:
     direct = MicroContext(document_ids=torch.from_numpy(micro.document_ids))
     flat = [n for part in lengths for n in part]
     assert context.document_starts.tolist() == [0, *np.cumsum(flat).tolist()] == direct.document_starts.tolist()
-    assert context.cu_seqlens.dtype == torch.int32
-    assert context.max_document_length == max(flat)
+    queries, keys, *longest, first_keys = context.segments
+    assert queries.dtype == keys.dtype == torch.int32
+    assert queries.tolist() == keys.tolist() == context.document_starts.tolist()
+    assert longest == [max(flat)] * 2 and first_keys == [0, 0]
     assert (context.qkv_format, context.max_seqlen_q, context.max_seqlen_kv) == ("sbhd", s, s)
     if len(flat) == 2:
         assert context.is_causal and context.attention_mask is None
@@ -416,7 +418,7 @@ def test_aux_loss_is_taken_once(groups: Groups) -> None:
     assert take_aux_loss(build(groups, MODELS["tied"]), groups, micro_batches=1) == 0
 
 
-TP2, EP2 = Layout(2, tp=2), Layout(2, ep=2)
+TP2, EP2, ETP2 = Layout(2, tp=2), Layout(2, ep=2), Layout(2, etp=2)
 MISFITS = {
     "stages": (small(num_layers=3), Layout(2, pp=2), "num_layers=3"),
     "heads": (small(hidden_size=30, num_attention_heads=3, num_query_groups=1), TP2, "num_attention_heads=3"),
@@ -429,6 +431,8 @@ MISFITS = {
     "vocabulary": (small(vocab_size=49, make_vocab_size_divisible_by=1), TP2, "make_vocab_size_divisible_by"),
     "ffn": (small(ffn_hidden_size=41), TP2, "model.ffn_hidden_size=41"),
     "expert-ffn": (small(moe=MoEConfig(**MOE | {"ffn_hidden_size": 21})), TP2, "moe.ffn_hidden_size=21"),
+    "expert-tensor": (small(moe=MoEConfig(**MOE | {"ffn_hidden_size": 21})), ETP2, "expert_tensor_parallel_size=2"),
+    "no-experts-to-split": (small(), ETP2, "expert_tensor_parallel_size=2, but .* set it to 0"),
     "experts": (small(moe=MoEConfig(**MOE | {"num_experts": 5})), EP2, "num_experts=5"),
     "no-experts": (small(), EP2, "expert_model_parallel_size to 1"),
     "sequence-parallel": (small(moe=MoEConfig(**MOE)), TP2, "needs parallel.sequence_parallel"),

@@ -16,7 +16,7 @@ from megamem.models.canonical import CanonicalEntry, canonical_entries, gather, 
 from megamem.models.config import ModelConfig, MoEConfig
 from megamem.models.gpt import build_model
 from megamem.parallel.groups import Groups, destroy, init_distributed, initialize
-from megamem.parallel.layout import Coordinates, Layout
+from megamem.parallel.layout import Layout
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -164,11 +164,26 @@ def test_initial_weights_depend_on_seed_and_name_alone(groups: Groups) -> None:
 
 def test_shards_of_an_entry(groups: Groups) -> None:
     full = torch.arange(24.0).view(4, 6)
-    for tp_dim, expected in ((0, full[2:]), (1, full[:, 3:]), (None, full)):
-        second = dataclasses.replace(
-            groups, layout=Layout(2, tp=2), coordinates=Coordinates(rank=1, tp=1, dp=0, pp=0, ep=0)
-        )
-        entry = CanonicalEntry("x", expected.clone(), slice(0, expected.shape[0]), tp_dim)
-        assert global_shape(entry, second) == (4, 6)
-        assert torch.equal(shard(entry, full, second), expected)
+    for name, layout in (
+        ("x", Layout(2, tp=2)),
+        ("x", Layout(2, tp=2, etp=1)),
+        ("decoder.layers.0.mlp.shared_experts.linear_fc2.weight", Layout(2, tp=2, etp=1)),
+        ("decoder.layers.0.mlp.experts.0.linear_fc2.weight", Layout(2, etp=2)),
+    ):
+        for tp_dim, expected in ((0, full[2:]), (1, full[:, 3:]), (None, full)):
+            second = dataclasses.replace(groups, layout=layout, coordinates=layout.coordinates(1))
+            entry = CanonicalEntry(name, expected.clone(), slice(0, expected.shape[0]), tp_dim)
+            assert global_shape(entry, second) == (4, 6)
+            assert torch.equal(shard(entry, full, second), expected)
     assert gather(entry, full, groups) is full
+
+
+def test_experts_are_split_by_their_own_tensor_parallelism(groups: Groups) -> None:
+    layout = Layout(2, tp=2, etp=1)
+    second = dataclasses.replace(groups, layout=layout, coordinates=layout.coordinates(1))
+    whole = torch.arange(24.0).view(4, 6)
+    entry = CanonicalEntry("decoder.layers.0.mlp.experts.3.linear_fc1.up.weight", whole, slice(0, 4), 0)
+    assert entry.is_expert
+    assert global_shape(entry, second) == (4, 6)
+    assert torch.equal(shard(entry, whole, second), whole)
+    assert gather(entry, whole, second) is whole
