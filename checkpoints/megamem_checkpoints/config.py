@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from megamem.config import at_least
 from megamem.errors import ConfigError
 
 
@@ -15,11 +17,30 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves at the end only."""
     keep: int = 2
     """Newest checkpoints that are kept; older ones are deleted after a newer one is complete."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are never deleted; 0 for no such step."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written: the loop waits for a copy of the dense state in host memory alone. Off: it waits
+    for the disk."""
+    incremental: Literal["auto", "on", "off"] = "auto"
+    """Whether tables are saved as the rows that changed since the last save, beside hard links to the files of that one.
+    auto: where fewer than 30 % did. on: always. Either way all of a table is saved where its increments would come to more than
+    that, and where there is no earlier save of the same rows. Takes one byte of host memory per row."""
+    io_threads: int = 2
+    """Files of a rank that are written or read at once. Each holds up to 64 MiB in memory."""
     load: str = ""
     """Run directory or checkpoint to take the weights from when this run has no checkpoint of its own."""
+    new_memories: bool = False
+    """With ``load``: Engram layers and banks that the checkpoint lacks start from their initial values."""
 
     def __post_init__(self) -> None:
         if self.interval < 0:
             raise ConfigError(f"interval is {self.interval}; set 0 or more steps")
         if self.keep < 1:
             raise ConfigError(f"keep is {self.keep}; set it to at least 1")
+        at_least(self, 0, "keep_every")
+        at_least(self, 1, "io_threads")
+        if self.new_memories and not self.load:
+            raise ConfigError(
+                "new_memories says what the checkpoint of load may lack; set load, or new_memories to false"
+            )

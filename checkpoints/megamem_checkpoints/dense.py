@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -43,32 +44,36 @@ def key_of(state: str, name: str) -> str:
 
 
 class Sharding:
-    """How local tensors of a layout lie in global ones."""
+    """How local tensors of a layout lie in global ones. Collective over the tensor-parallel groups when it is made."""
 
     def __init__(self, groups: Groups | None) -> None:
         self._groups = groups
-        self._tp = groups.layout.tp if groups is not None else 1
-        self._mesh = DeviceMesh.from_group(groups.tp, "cpu") if groups is not None and self._tp > 1 else None
+        self._meshes: dict[bool, DeviceMesh] = {}
+        """By whether they are of routed experts, which have a tensor-parallel group of their own."""
+        for expert, group in ((False, groups.tp), (True, groups.etp)) if groups is not None else ():
+            if group.size() > 1:
+                self._meshes[expert] = DeviceMesh.from_group(group, "cpu")
         self._loads: dict[bool, list[int]] = {}
 
     def shape(self, entry: CanonicalEntry) -> list[int]:
         """Global shape of an entry."""
         shape = list(entry.tensor.shape)
         shape[0] = len(range(*entry.rows.indices(shape[0])))
-        if entry.tp_dim is not None:
-            shape[entry.tp_dim] *= self._tp
+        if entry.tp_dim is not None and (mesh := self._meshes.get(entry.is_expert)):
+            shape[entry.tp_dim] *= mesh.size()
         return shape
 
     def place(self, entry: CanonicalEntry, local: Tensor) -> Tensor:
         """``local`` with its global offsets; shares its memory."""
-        if self._mesh is None or entry.tp_dim is None:
+        mesh = self._meshes.get(entry.is_expert)
+        if mesh is None or entry.tp_dim is None:
             return local
         shape = torch.Size(self.shape(entry))
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, self._mesh, [Shard(entry.tp_dim)], run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(local, mesh, [Shard(entry.tp_dim)], run_check=False, shape=shape, stride=stride)
 
     def keeps(self, entry: CanonicalEntry) -> bool:
-        """Whether this rank is the one of its data-parallel replicas that writes ``entry``.
+        """Whether this rank is the one of its replicas that writes ``entry``.
 
         Spreads tensors over replicas, so that no rank holds more than its share of the states in host memory. Every
         replica must ask about the same entries in the same order. Copies within a tensor-parallel group are left to
@@ -76,13 +81,11 @@ class Sharding:
         """
         if self._groups is None:
             return True
-        layout, mine = self._groups.layout, self._groups.coordinates
-        expert = ".mlp.experts." in entry.name
-        replicas, index = (layout.dp // layout.ep, mine.dp // layout.ep) if expert else (layout.dp, mine.dp)
-        loads = self._loads.setdefault(expert, [0] * replicas)
+        replicas = self._groups.expert_dp if entry.is_expert else self._groups.dp_cp
+        loads = self._loads.setdefault(entry.is_expert, [0] * replicas.size())
         lightest = loads.index(min(loads))
         loads[lightest] += entry.tensor.numel()
-        return lightest == index
+        return lightest == replicas.rank()
 
 
 def by_tensor(entries: Iterable[CanonicalEntry]) -> list[list[CanonicalEntry]]:
@@ -96,7 +99,7 @@ def by_tensor(entries: Iterable[CanonicalEntry]) -> list[list[CanonicalEntry]]:
 def collect(
     entries: Iterable[CanonicalEntry], state_of: Callable[[nn.Parameter], dict[str, Tensor]], sharding: Sharding
 ) -> tuple[dict[str, Tensor], dict[str, DenseRecord]]:
-    """The fp32 state that this rank writes, on the host, and the records of all its entries but copies.
+    """A copy on the host of the fp32 state that this rank writes, and the records of all its entries but copies.
 
     Collective, as ``state_of``, which is asked about parameters only: a buffer is its own state.
     """
@@ -110,7 +113,7 @@ def collect(
             records[entry.name] = DenseRecord(shape=sharding.shape(entry), moments=moments)
             if sharding.keeps(entry):
                 for state, value in states.items():
-                    local = value.detach()[entry.rows].to("cpu", torch.float32)
+                    local = value.detach()[entry.rows].to("cpu", torch.float32, copy=True)
                     state_dict[key_of(state, entry.name)] = sharding.place(entry, local)
     return state_dict, records
 
@@ -150,15 +153,16 @@ class Reader(HuggingFaceStorageReader):
         return self._metadata
 
 
-def write(root: Path, state_dict: Mapping[str, Tensor], groups: Groups | None) -> None:
-    """Save every rank's share below ``root``; copies of a shard are written once. Collective over the world."""
+def write(root: Path, state_dict: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    """Save every rank's share below ``root``; copies of a shard are written once. Collective over ``group``; None for a process
+    alone."""
     with _quiet():
         try:
             dcp.save(
                 dict(state_dict),
                 storage_writer=_Writer(str(root / FOLDER), save_distributed=True),
-                process_group=groups.world if groups is not None else None,
-                no_dist=groups is None,
+                process_group=group,
+                no_dist=group is None,
             )
         except CheckpointException as error:
             raise _first_cause(error) from None

@@ -16,6 +16,7 @@ from megamem_checkpoints.manifest import FILE_NAME, Manifest, NewerFormatError, 
 LATEST = "latest"
 """Text file that names the checkpoint to resume from."""
 
+_ASIDE = ".replaced"
 _NAME = re.compile(r"step_(\d{8,})(\.replaced)?")
 _log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def prepare(directory: Path, temporary: Path) -> None:
     """Make an empty ``temporary``, and remove what interrupted saves left behind. The writer's lock must be held."""
-    for leftover in directory.glob("step_*.tmp"):
+    for leftover in leftovers(directory):
         shutil.rmtree(leftover)
     (temporary / "rng").mkdir(parents=True)
     (temporary / "dense").mkdir()
@@ -85,22 +86,73 @@ def publish(temporary: Path, final: Path) -> None:
     for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
         fsync(folder)
     if final.exists():
-        replaced = final.with_name(final.name + ".replaced")
-        _delete(replaced)
+        replaced = final.with_name(final.name + _ASIDE)
+        delete(replaced)
         final.rename(replaced)
     temporary.rename(final)
     fsync(final.parent)
     write_text(final.parent / LATEST, final.name + "\n")
 
 
-def prune(directory: Path, *, keep: int, step: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints up to ``step``; never the one that ``latest`` names."""
-    steps = [path for number, path in _steps(directory) if number <= step and not path.name.endswith(".replaced")]
-    replaced = directory.glob("step_*.replaced")
+def prunable(directory: Path, *, keep: int, keep_every: int = 0, step: int | None = None) -> list[Path]:
+    """What may go when the newest ``keep`` whole checkpoints stay, oldest first.
+
+    Everything older than these goes, and what was moved aside for a new checkpoint of the same step; but never one whose step
+    is a multiple of ``keep_every`` (0: no such step), nor the one that ``latest`` names. A damaged one does not count as kept,
+    so that damage never costs the last whole one. With ``step``, later ones are as if they were not there.
+    """
+    kept, older = 0, []
+    for number, path in reversed(_steps(directory)):
+        if step is not None and number > step:
+            continue
+        if kept == keep or (kept and _is_aside(path)):
+            older.append((number, path))
+        elif is_whole(path) and not _is_aside(path):
+            kept += 1
     named = _named(directory)
-    for path in [*steps[:-keep], *replaced]:
-        if path != named:
-            _delete(path)
+    return [
+        path
+        for number, path in reversed(older)
+        if path != named and (not keep_every or number % keep_every or _is_aside(path))
+    ]
+
+
+def prune(directory: Path, *, keep: int, keep_every: int = 0, step: int | None = None) -> None:
+    """Delete what :func:`prunable` names. The writer's lock must be held."""
+    for path in prunable(directory, keep=keep, keep_every=keep_every, step=step):
+        delete(path)
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint, or a leftover of one: its name goes first, so that no half-deleted checkpoint is ever visible."""
+    if not path.exists():
+        return
+    if path.suffix != ".tmp":
+        path = path.rename(path.with_name(path.name + ".tmp"))
+    shutil.rmtree(path)
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """What killed saves and deletions left behind, or, while somebody holds the writer's lock, what they are busy with."""
+    return sorted(directory.glob("step_*.tmp"))
+
+
+def steps(directory: Path) -> list[Path]:
+    """All checkpoints, whole or not, oldest first; not those that were moved aside."""
+    return [path for _, path in _steps(directory) if not _is_aside(path)]
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint of a format that this megamem reads has all of its files, each of the stated length."""
+    try:
+        open_manifest(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _is_aside(path: Path) -> bool:
+    return path.name.endswith(_ASIDE)
 
 
 def _named(directory: Path) -> Path | None:
@@ -119,11 +171,3 @@ def _steps(directory: Path) -> list[tuple[int, Path]]:
         if match:
             found.append((int(match[1]), not match[2], path))
     return [(step, path) for step, _, path in sorted(found)]
-
-
-def _delete(path: Path) -> None:
-    """Take the name away first, so that no half-deleted checkpoint is ever visible."""
-    if path.exists():
-        doomed = path.with_name(path.name + ".tmp")
-        path.rename(doomed)
-        shutil.rmtree(doomed)

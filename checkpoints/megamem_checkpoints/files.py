@@ -6,25 +6,26 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TypeVar
 
 from megamem.errors import CheckpointError
-from megamem.files import fsync
 from megamem_checkpoints.manifest import FileRecord
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 FILE_BYTES = 256 * 2**20
-"""Upper bound of one data file: what a rank holds twice for a moment while it writes or reads."""
+"""Upper bound of one file of dense tensors, or one tensor."""
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file durably, readable for whoever may read its folder (safetensors lets the owner alone)."""
-    save_file(dict(tensors), path)
-    path.chmod(path.parent.stat().st_mode & 0o666)
-    fsync(path)
+def in_parallel(threads: int, job: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """``job`` of every item, ``threads`` at a time, in their order. After an error no further item is begun, and the first is
+    raised."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="megamem-io") as pool:
+        return list(pool.map(job, items))
 
 
 def record(path: Path) -> FileRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from megamem.errors import CheckpointError
 from megamem_checkpoints import dense, rng, tables
 from megamem_checkpoints.manifest import TableRecord
+from megamem_checkpoints.owned import Base
 from megamem_checkpoints.ranks import Ranks
 from megamem_checkpoints.reader import CheckpointReader
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from megamem.parallel.groups import Groups
 
 _log = logging.getLogger(__name__)
+
+_MEMORY = re.compile(r"\.(engram|bank)\.")
 
 _SETTINGS = (
     ("embedding.", "model.vocab_size, model.make_vocab_size_divisible_by or model.hidden_size"),
@@ -50,18 +54,27 @@ def load(
     owned: Mapping[str, OwnedTable],
     optimizer_state: bool,
     verify: bool,
-) -> dict[str, Any]:
-    """See :meth:`megamem_checkpoints.checkpointer.Checkpointer.load`."""
-    ranks = Ranks(groups)
+    new_memories: bool = False,
+    threads: int = 1,
+) -> tuple[dict[str, Any], Base]:
+    """See :meth:`megamem_checkpoints.checkpointer.Checkpointer.load`; also returns what the next save may add to."""
+    ranks = Ranks(groups.world if groups is not None else None)
     reader = ranks.together(lambda: CheckpointReader(path))
     if len(set(ranks.gather((str(path), reader.step)))) > 1:
         raise CheckpointError(f"ranks were asked to load different checkpoints, this one {path}; name one for all")
     sharding = dense.Sharding(groups)
     names = _union(ranks, (entry.name for entry in entries))
     table_names = _union(ranks, owned)
+    kept: set[str] = set()
+    if new_memories:
+        kept = {name for name in names if _MEMORY.search(name)} - set(reader.manifest.dense)
+        kept |= table_names - set(reader.manifest.tables)
+        entries = [entry for entry in entries if entry.name not in kept]
+        owned = {name: table for name, table in owned.items() if name not in kept}
+        names, table_names = names - kept, table_names - kept
     ranks.together(lambda: _check(reader, entries, sharding, names, owned, table_names, optimizer_state))
     if verify:
-        ranks.together(lambda: reader.verify(ranks.rank, ranks.size))
+        ranks.together(lambda: reader.verify(ranks.rank, ranks.size, threads=threads))
 
     def states_of(entry: CanonicalEntry) -> list[str]:
         moments = reader.manifest.dense[entry.name].moments if optimizer_state else []
@@ -79,11 +92,13 @@ def load(
     def restore_tables() -> None:
         for name, table in owned.items():
             record = reader.manifest.tables[name]
-            tables.restore(path, record, table, state=optimizer_state, label=reader.label)
+            tables.restore(path, record, table, state=optimizer_state, label=reader.label, threads=threads)
 
     # Once for all: pipeline stages own different numbers of tables, and every call is collective.
     ranks.together(restore_tables)
-    return {"step": reader.step, "meta": reader.meta, "rng": _restore_rng(reader, ranks) if optimizer_state else {}}
+    restored = _restore_rng(reader, ranks) if optimizer_state else {}
+    loaded = {"step": reader.step, "meta": reader.meta, "rng": restored, "kept": sorted(kept)}
+    return loaded, Base.of(path, reader.manifest, owned)
 
 
 def _union(ranks: Ranks, names: Iterable[str]) -> set[str]:

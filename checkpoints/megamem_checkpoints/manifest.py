@@ -13,8 +13,9 @@ from typing import Any, Literal
 from megamem.config.base import build
 from megamem.errors import CheckpointError, ConfigError
 
-FORMAT_VERSION = 2
-"""Raised when an older megamem could misread what this one writes. Version 1 had fp32 tables in the order of their rows."""
+FORMAT_VERSION = 3
+"""Raised when an older megamem could misread what this one writes. Version 1 had fp32 tables in the order of their rows,
+version 2 no increments."""
 
 FILE_NAME = "manifest.json"
 
@@ -59,6 +60,20 @@ class PlacementRecord:
 
 
 @dataclass(kw_only=True, slots=True)
+class IncrementRecord:
+    """A file of whole records that replace those of the same positions in all files before it."""
+
+    file: str
+    """Relative name. Beside the fields of the records it has their ``positions``, int64, ascending and distinct."""
+    start: int
+    """Least position in it."""
+    stop: int
+    """One past the largest."""
+    count: int
+    """Number of records."""
+
+
+@dataclass(kw_only=True, slots=True)
 class TableRecord:
     """One memory table and the ranges of positions it was cut into."""
 
@@ -70,13 +85,19 @@ class TableRecord:
     state: dict[str, StateRecord]
     files: dict[str, list[int]]
     """Relative file name to ``[start, stop)`` in positions."""
+    increments: list[IncrementRecord] = field(default_factory=list)
+    """What changed since ``files`` were written. A later one that has a position counts."""
+
+    def names(self) -> list[str]:
+        """All of its files."""
+        return [*self.files, *(item.file for item in self.increments)]
 
     def ranges(self) -> list[tuple[int, int, str]]:
         """``(start, stop, file)`` in the order of positions."""
         return sorted((start, stop, name) for name, (start, stop) in self.files.items())
 
     def gap(self) -> int | None:
-        """The first position that is stored not exactly once, or None."""
+        """The first position that ``files`` store not exactly once, or None."""
         expected = 0
         for start, stop, _ in self.ranges():
             if start != expected or stop <= start:
@@ -138,6 +159,12 @@ def read_manifest(directory: Path) -> Manifest:
             raise _damaged(path, f"position {row} of table {name} is not stored exactly once")
         if math.gcd(table.placement.multiplier, table.rows) != 1:
             raise _damaged(path, f"the placement of table {name} is no bijection of its {table.rows} rows")
+        for item in table.increments:
+            if not (0 <= item.start < item.stop <= table.rows and 0 < item.count <= item.stop - item.start):
+                raise _damaged(path, f"increment {item.file} is not of positions of table {name}")
+        for file in table.names():
+            if file not in manifest.files:
+                raise _damaged(path, f"it states no checksum of {file}")
     return manifest
 
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from megamem.errors import CheckpointError, MegamemError
 
-if TYPE_CHECKING:
-    from megamem.parallel.groups import Groups
-
 T = TypeVar("T")
 
 
 class Ranks:
-    """The world of ``groups``; a world of one without them."""
+    """The ranks of ``group``; a process alone without one."""
 
-    def __init__(self, groups: Groups | None) -> None:
-        self._group = groups.world if groups is not None else None
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
         self.rank = dist.get_rank(self._group) if self._group is not None else 0
         self.size = dist.get_world_size(self._group) if self._group is not None else 1
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from megamem.errors import CheckpointError
 from megamem_checkpoints import dense, tables
 from megamem_checkpoints.directory import open_manifest
-from megamem_checkpoints.files import check_content, share
+from megamem_checkpoints.files import check_content, in_parallel, share
 from megamem_checkpoints.manifest import DenseRecord, TableRecord
+from megamem_kernels.formats import FormatName
+from megamem_kernels.row_gather import dequantize_rows
 
 
 class CheckpointReader:
@@ -59,17 +61,31 @@ class CheckpointReader:
         """``(rows, width)`` of every memory table."""
         return {name: (record.rows, record.width) for name, record in self.manifest.tables.items()}
 
+    def format(self, table: str) -> FormatName:
+        """How the rows of a table are stored, see :func:`megamem_kernels.formats.row_fields`."""
+        return self._table(table).format
+
     def rows(self, table: str, start: int, stop: int) -> Tensor:
         """Logical rows ``[start, stop)`` of a table: ``[stop - start, width]`` fp32, exactly what its format stores."""
+        return dequantize_rows(
+            self.stored_rows(table, start, stop), torch.empty(stop - start, self._table(table).width)
+        )
+
+    def stored_rows(self, table: str, start: int, stop: int) -> dict[str, Tensor]:
+        """Logical rows ``[start, stop)`` of a table by the fields of its format, ``[stop - start, ...]`` each, as stored."""
         record = self._table(table)
         if not 0 <= start <= stop <= record.rows:
             raise ValueError(f"rows [{start}, {stop}) of table {table}, which has {record.rows}")
-        return tables.read_rows(self.path, record, np.arange(start, stop))
+        positions = tables.placement_of(record).positions(np.arange(start, stop))
+        return tables.read(self.path, record, positions, state=False)
 
-    def verify(self, rank: int = 0, ranks: int = 1) -> None:
+    def verify(self, rank: int = 0, ranks: int = 1, *, threads: int = 1) -> None:
         """Check the content of every file, or of one rank's share; CheckpointError naming the first damaged one."""
-        for name in share(self.manifest.files, rank, ranks):
+
+        def check(name: str) -> None:
             check_content(self.path, name, self.manifest.files[name])
+
+        in_parallel(threads, check, share(self.manifest.files, rank, ranks))
 
     @cached_property
     def dense_reader(self) -> dense.Reader:

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megamem_checkpoints.files import write_tensors
+from megamem_checkpoints.manifest import FileRecord
+from megamem_checkpoints.stream import write_tensors
 
 _CPU = "torch.cpu"
 _CUDA = "torch.cuda"
@@ -20,14 +21,17 @@ def file_name(rank: int) -> str:
     return f"rng/rank_{rank:05d}.safetensors"
 
 
-def write(path: Path, extra: Mapping[str, Tensor]) -> None:
-    """Save torch's own states of this process (uint8) and ``extra`` ones of the caller."""
+def collect(extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of torch's own states of this process (uint8) and of ``extra`` ones of the caller."""
     states = {_CPU: torch.get_rng_state()}
     if torch.cuda.is_available():
         states[_CUDA] = torch.cuda.get_rng_state()
-    for name, state in extra.items():
-        states[name] = state.detach().cpu().contiguous()
-    write_tensors(path, states)
+    return states | {name: state.detach().to("cpu", copy=True) for name, state in extra.items()}
+
+
+def write(path: Path, states: Mapping[str, Tensor]) -> FileRecord:
+    """Save what :func:`collect` returned."""
+    return write_tensors(path, states)
 
 
 def restore(path: Path) -> dict[str, Tensor]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import megamem
 from megamem.errors import CheckpointError
 from megamem.files import write_text
 from megamem_checkpoints import dense, directory, rng, tables
-from megamem_checkpoints.files import check_size, record, writer_lock
+from megamem_checkpoints.config import CheckpointConfig
+from megamem_checkpoints.files import check_size, in_parallel, record, writer_lock
 from megamem_checkpoints.manifest import (
     FILE_NAME,
     FORMAT_VERSION,
@@ -26,6 +28,7 @@ from megamem_checkpoints.manifest import (
     TableRecord,
     plain_json,
 )
+from megamem_checkpoints.owned import Base, TableSave
 from megamem_checkpoints.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -39,79 +42,123 @@ Part = tuple[dict[str, FileRecord], dict[str, DenseRecord], dict[str, TableRecor
 _log = logging.getLogger(__name__)
 
 
-def save(
-    root: Path,
-    step: int,
-    *,
-    keep: int,
-    groups: Groups | None,
-    entries: Sequence[CanonicalEntry],
-    state_of: Callable[[nn.Parameter], dict[str, Tensor]],
-    owned: Mapping[str, OwnedTable],
-    meta: Mapping[str, Any],
-    rng_states: Mapping[str, Tensor],
-) -> Path:
-    """See :meth:`megamem_checkpoints.checkpointer.Checkpointer.save`."""
-    ranks = Ranks(groups)
-    lead = ranks.rank == 0
-    final = root / directory.name_of(step)
-    temporary = final.with_name(final.name + ".tmp")
-    with contextlib.ExitStack() as stack:
+class Saving:
+    """One checkpoint on its way. What training waits for is :meth:`begin`; :meth:`finish` may run on another thread while the
+    state that was saved changes."""
 
-        def begin() -> None:
-            if lead:
-                plain_json(meta)
-                root.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(writer_lock(root))
-                stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-                directory.prepare(root, temporary)
+    def __init__(self, root: Path, step: int, config: CheckpointConfig, lead: bool) -> None:
+        self.step = step
+        self.final = root / directory.name_of(step)
+        self._root, self._config, self._lead = root, config, lead
+        self._temporary = self.final.with_name(self.final.name + ".tmp")
+        self._resources = contextlib.ExitStack()
+        self._meta: dict[str, Any] = {}
+        self._rng: dict[str, Tensor] = {}
+        self._dense: dict[str, Tensor] = {}
+        self._dense_records: dict[str, DenseRecord] = {}
+        self._tables: dict[str, TableSave] = {}
 
-        def commit() -> str:
-            if not lead:
-                return ""
-            manifest = _manifest(temporary, step, ranks.size, meta, parts)
-            write_text(temporary / FILE_NAME, manifest.dumps())
-            directory.publish(temporary, final)
-            _prune(root, keep, step)
-            return manifest.label(final)
+    def begin(
+        self,
+        *,
+        groups: Groups | None,
+        entries: Sequence[CanonicalEntry],
+        state_of: Callable[[nn.Parameter], dict[str, Tensor]],
+        owned: Mapping[str, OwnedTable],
+        meta: Mapping[str, Any],
+        rng_states: Mapping[str, Tensor],
+        base: Base | None,
+    ) -> None:
+        """Take hold of the present state; see :meth:`megamem_checkpoints.checkpointer.Checkpointer.save`."""
+        ranks = Ranks(groups.world if groups is not None else None)
+        with self._whole_or_nothing():
+            ranks.together(partial(self._prepare, meta))
+            self._dense, self._dense_records = ranks.together(
+                lambda: dense.collect(entries, state_of, dense.Sharding(groups))
+            )
+            ranks.together(partial(self._hold, owned, rng_states, base))
 
+    def finish(self, group: dist.ProcessGroup | None) -> Base:
+        """Write the checkpoint and give it its name; returns what the next one may add to. Collective over ``group``."""
+        ranks = Ranks(group)
+        with self._whole_or_nothing():
+            files = ranks.together(partial(self._write_local, ranks.rank))
+            ranks.together(lambda: dense.write(self._temporary, self._dense, group))
+            self._dense.clear()
+            files |= ranks.together(partial(self._dense_files, ranks.rank))
+            mine = {name: table.record for name, table in self._tables.items()}
+            parts: list[Part] = ranks.gather((files, self._dense_records, mine))
+            label = ranks.gather(ranks.together(partial(self._publish, parts)))[0]
         try:
-            ranks.together(begin)
-            state_dict, dense_records = ranks.together(lambda: dense.collect(entries, state_of, dense.Sharding(groups)))
-            table_records = ranks.together(lambda: _write_local(temporary, ranks.rank, owned, rng_states))
-            ranks.together(lambda: dense.write(temporary, state_dict, groups))
-            files = ranks.together(lambda: _file_records(temporary, ranks.rank, table_records))
-            parts: list[Part] = ranks.gather((files, dense_records, table_records))
-            label = ranks.gather(ranks.together(commit))[0]
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"the checkpoint of step {step} was not written to {root}: {error}; the one before it is untouched: make "
-                "room there and give the same command again"
-            ) from error
-    ranks.together(partial(_commit_tables, owned, label))
-    return final
+            ranks.together(partial(self._commit_tables, label))
+        finally:
+            self._release()
+        return Base(self.final, mine, {name: files[name] for table in mine.values() for name in table.names()})
+
+    def _prepare(self, meta: Mapping[str, Any]) -> None:
+        if self._lead:
+            self._meta = plain_json(meta)
+            self._root.mkdir(parents=True, exist_ok=True)
+            self._resources.enter_context(writer_lock(self._root))
+            self._resources.callback(shutil.rmtree, self._temporary, ignore_errors=True)
+            directory.prepare(self._root, self._temporary)
+
+    def _hold(self, owned: Mapping[str, OwnedTable], rng_states: Mapping[str, Tensor], base: Base | None) -> None:
+        self._rng = rng.collect(rng_states)
+        for name, table in owned.items():
+            self._tables[name] = TableSave(self._temporary, table, self.step, base, self._config.incremental)
+
+    def _write_local(self, rank: int) -> dict[str, FileRecord]:
+        name = rng.file_name(rank)
+        files = {name: rng.write(self._temporary / name, self._rng)}
+        work = [(table, *piece) for table in self._tables.values() for piece in table.plan()]
+        in_parallel(self._config.io_threads, lambda item: item[0].write(item[1], item[2]), work)
+        for table in self._tables.values():
+            files |= table.files
+        return files
+
+    def _dense_files(self, rank: int) -> dict[str, FileRecord]:
+        paths = dense.files_of(self._temporary, rank)
+        records = in_parallel(self._config.io_threads, record, paths)
+        return {path.relative_to(self._temporary).as_posix(): item for path, item in zip(paths, records, strict=True)}
+
+    def _publish(self, parts: Sequence[Part]) -> str:
+        if not self._lead:
+            return ""
+        manifest = _manifest(self._temporary, self.step, self._meta, parts)
+        write_text(self._temporary / FILE_NAME, manifest.dumps())
+        directory.publish(self._temporary, self.final)
+        try:
+            directory.prune(self._root, keep=self._config.keep, keep_every=self._config.keep_every, step=self.step)
+        except OSError as error:
+            _log.warning("an old checkpoint could not be deleted: %s", error)
+        return manifest.label(self.final)
+
+    def _commit_tables(self, label: str) -> None:
+        for table in self._tables.values():
+            table.close(label)
+
+    def _release(self) -> None:
+        """Let go of tables, lock and temporary directory. Idempotent."""
+        for table in self._tables.values():
+            table.close()
+        self._resources.close()
+
+    @contextlib.contextmanager
+    def _whole_or_nothing(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self._release()
+            if isinstance(error, CheckpointError):
+                raise CheckpointError(
+                    f"the checkpoint of step {self.step} was not written to {self._root}: {error}; the one before it is "
+                    "untouched: make room there and give the same command again"
+                ) from error
+            raise
 
 
-def _write_local(
-    temporary: Path, rank: int, owned: Mapping[str, OwnedTable], rng_states: Mapping[str, Tensor]
-) -> dict[str, TableRecord]:
-    rng.write(temporary / rng.file_name(rank), rng_states)
-    return {name: tables.write(temporary, table) for name, table in owned.items()}
-
-
-def _commit_tables(owned: Mapping[str, OwnedTable], label: str) -> None:
-    for table in owned.values():
-        table.commit(label)
-
-
-def _file_records(temporary: Path, rank: int, table_records: Mapping[str, TableRecord]) -> dict[str, FileRecord]:
-    names = [rng.file_name(rank)]
-    names += [path.relative_to(temporary).as_posix() for path in dense.files_of(temporary, rank)]
-    names += [name for table in table_records.values() for name in table.files]
-    return {name: record(temporary / name) for name in names}
-
-
-def _manifest(temporary: Path, step: int, world_size: int, meta: Mapping[str, Any], parts: Sequence[Part]) -> Manifest:
+def _manifest(temporary: Path, step: int, meta: Mapping[str, Any], parts: Sequence[Part]) -> Manifest:
     files = {name: item for part in parts for name, item in part[0].items()}
     try:
         for name, item in files.items():
@@ -130,16 +177,9 @@ def _manifest(temporary: Path, step: int, world_size: int, meta: Mapping[str, An
         format_version=FORMAT_VERSION,
         megamem_version=megamem.__version__,
         step=step,
-        world_size=world_size,
-        meta=plain_json(meta),
+        world_size=len(parts),
+        meta=dict(meta),
         files=files,
         dense=dense_records,
         tables={name: tables.merge([part[2][name] for part in parts if name in part[2]]) for name in sorted(names)},
     )
-
-
-def _prune(root: Path, keep: int, step: int) -> None:
-    try:
-        directory.prune(root, keep=keep, step=step)
-    except OSError as error:
-        _log.warning("an old checkpoint could not be deleted: %s", error)

@@ -6,7 +6,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,18 @@ from megamem.parallel import groups as parallel_groups
 from megamem.train.step import StepRunner
 from megamem.train.trainer import Observer, Progress, Trainer
 from megamem_checkpoints.files import writer_lock
+from megamem_launch.accounting import report_memory
 from megamem_launch.compose import (
     Parts,
     build_parts,
     check_ranks_agree,
     check_start,
-    checkpoint_meta,
     initial_checkpoint,
     open_data,
 )
 from megamem_launch.config import RunConfig, save_config
 from megamem_launch.observer import RunObserver
+from megamem_launch.saver import Saver
 from megamem_launch.summary import gate_sample, table_usage, write_summary
 from megamem_launch.validate import validate
 
@@ -42,7 +42,7 @@ def pretrain(config: RunConfig) -> Path:
     rank = int(os.environ.get("RANK", "0"))
     layout = validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     data = open_data(config)
-    check_start(config)
+    check_start(config, data)
     with contextlib.ExitStack() as stack:
         if rank == 0:
             config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 def _train(parts: Parts, rank: int) -> None:
     config = parts.config
-    progress, guard_state = _restore(parts)
+    progress, guard_state, new = _restore(parts)
     if progress.step >= config.train.steps and (config.run_dir / "summary.json").exists():
         if rank == 0:
             print(
@@ -82,35 +82,38 @@ def _train(parts: Parts, rank: int) -> None:
         return
     if rank == 0:
         save_config(config, config.run_dir / "config.yaml")
+    accounting = report_memory(parts)
     observer = RunObserver(config, rank=rank, steps_done=progress.step)
-
-    def save(step: int) -> None:
-        path = parts.checkpointer.save(
-            step,
-            entries=parts.entries,
-            state_of=parts.zero.full_state,
-            tables=parts.memory.tables,
-            meta=checkpoint_meta(parts, asdict(trainer.progress), trainer.guard.state_dict()),
-        )
-        observer.event("checkpoint", step, f"checkpoint of step {step} in {path}")
-        _record_access(parts, observer, step, rank)
-
-    trainer = make_trainer(parts, observer, save, progress)
+    observer.record("accounting", progress.step, **accounting)
+    if parts.zero.notice:
+        observer.event("offload", progress.step, parts.zero.notice)
+    if new:
+        text = f"not in {config.checkpoint.load}, so left at their initial values: {', '.join(new)}"
+        observer.event("new_memories", progress.step, text)
+    trainer = make_trainer(parts, observer, lambda step: saver.save(step), progress, after_step=lambda: saver.report())
+    saver = Saver(parts, observer, trainer)
     if guard_state is not None:
         trainer.guard.load_state_dict(guard_state)
     try:
         trainer.run()
+        saver.wait()
         _finish(parts, trainer, observer, rank)
     except BaseException:
+        saver.close()
         observer.finish("FAILED", trainer.progress.step)
         raise
     observer.finish("FINISHED", trainer.progress.step)
 
 
 def make_trainer(
-    parts: Parts, observer: Observer, save: Callable[[int], None], progress: Progress | None = None
+    parts: Parts,
+    observer: Observer,
+    save: Callable[[int], None],
+    progress: Progress | None = None,
+    *,
+    after_step: Callable[[], None] = lambda: None,
 ) -> Trainer:
-    """The training loop over ``parts``; ``save(step)`` writes a checkpoint."""
+    """The training loop over ``parts``; ``save(step)`` writes a checkpoint, or begins to."""
     config = parts.config
     return Trainer(
         config=config.train,
@@ -129,18 +132,20 @@ def make_trainer(
         validation=parts.validation,
         observer=observer,
         save=save,
+        after_step=after_step,
         checkpoint_interval=config.checkpoint.interval,
         memory_config=config.memory,
         progress=progress or Progress(),
     )
 
 
-def _restore(parts: Parts) -> tuple[Progress, dict[str, Any] | None]:
-    """Load the checkpoint that the run starts from, if any."""
+def _restore(parts: Parts) -> tuple[Progress, dict[str, Any] | None, list[str]]:
+    """Load the checkpoint that the run starts from, if any: counters, state of the loss guard, and the memory tensors and
+    tables that were not in it."""
     path, resume = initial_checkpoint(parts.config)
     parts.checkpointer.agree(path)
     if path is None:
-        return Progress(), None
+        return Progress(), None, []
     loaded = parts.checkpointer.load(
         path,
         entries=parts.entries,
@@ -149,11 +154,11 @@ def _restore(parts: Parts) -> tuple[Progress, dict[str, Any] | None]:
         optimizer_state=resume,
     )
     if not resume:
-        return Progress(), None
+        return Progress(), None, loaded["kept"]
     meta = loaded["meta"]
     parts.loader.load_state_dict(meta["data"])
     parts.zero.load_state_dict(meta["optimizer"])
-    return Progress(**meta["progress"]), meta["guard"]
+    return Progress(**meta["progress"]), meta["guard"], []
 
 
 def _finish(parts: Parts, trainer: Trainer, observer: RunObserver, rank: int) -> None:
@@ -166,12 +171,6 @@ def _finish(parts: Parts, trainer: Trainer, observer: RunObserver, rank: int) ->
     write_summary(parts, trainer)
     if rank == 0:
         _write_report(parts.config.run_dir, observer)
-
-
-def _record_access(parts: Parts, observer: RunObserver, step: int, rank: int) -> None:
-    """How the first rank reads the tables of its stage; the others read like it, from other documents."""
-    if rank == 0 and (streams := parts.memory.access()):
-        observer.record("access", step, rank=rank, streams=streams)
 
 
 def _write_report(run_dir: Path, observer: RunObserver) -> None:

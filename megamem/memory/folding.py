@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Regex, normalizers
+from tokenizers import Regex, Tokenizer, normalizers
 
 from megamem.errors import DataError
 
@@ -35,6 +35,33 @@ def fold_table(tokens: Iterable[tuple[str, str]]) -> np.ndarray:
 def folded_vocab_size(fold: np.ndarray) -> int:
     """Number of canonical ids of a lookup."""
     return int(fold.max()) + 1
+
+
+def fold_from_tokenizer(path: Path, *, vocab_size: int) -> np.ndarray:
+    """:func:`fold_table` of a sentencepiece model or of a Hugging Face ``tokenizer.json``; DataError where it is neither.
+
+    ``vocab_size`` is the model's; ids that the tokenizer does not have stand for themselves.
+    """
+    fold = _fold_from_hugging_face(path) if path.suffix == ".json" else fold_from_sentencepiece(path)
+    own = np.arange(max(0, vocab_size - len(fold)), dtype=np.int64)
+    return np.concatenate([fold, folded_vocab_size(fold) + own])
+
+
+def _fold_from_hugging_face(path: Path) -> np.ndarray:
+    """Special tokens stand for themselves, as do ids that no token has."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no other class
+        raise DataError(f"{path} cannot be read as a tokenizer ({error}); prepare the data again") from error
+    special = {token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special}
+
+    def describe(token: int) -> tuple[str, str]:
+        piece = tokenizer.id_to_token(token)
+        if piece is None:
+            return "\ufffd", f"{_LONE_SPACE}{token}"
+        return (piece if token in special else tokenizer.decode([token], skip_special_tokens=False)), piece
+
+    return fold_table(describe(token) for token in range(1 + max(tokenizer.get_vocab().values())))
 
 
 def fold_from_sentencepiece(model_path: str | Path) -> np.ndarray:

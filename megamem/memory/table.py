@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megamem.memory.config import StorageConfig
+from megamem.memory.fences import Fence
 from megamem.memory.placement import Placement
+from megamem.memory.snapshot import Snapshot
 from megamem.memory.tiers.base import RowStore, record_bytes
 from megamem.memory.tiers.disk import remove_other_layouts
 from megamem.memory.tiers.resources import TierResources
@@ -64,7 +68,7 @@ class TableSpec:
 class OwnedTable:
     """Positions ``[start, stop)`` of a table with their optimizer state. *Local* numbers count positions from ``start``.
 
-    Not thread-safe: one thread at a time.
+    One thread at a time trains it; others may read a :class:`~megamem.memory.snapshot.Snapshot` of it meanwhile.
     """
 
     spec: TableSpec
@@ -80,6 +84,18 @@ class OwnedTable:
     """Of stochastic rounding."""
     _touched: int | None = 0
     """Rows that were ever updated; None: to be counted."""
+    lock: Lock = field(default_factory=Lock, repr=False)
+    """Held while stores are used."""
+    snapshot_taken: Snapshot | None = field(default=None, repr=False)
+    """The one that is being read."""
+    _changed: np.ndarray | None = field(default=None, repr=False)
+    """bool ``[owned rows]``: changed since :meth:`track_changes` or the last snapshot; None: nobody asked."""
+    _updated: Fence = field(init=False, repr=False)
+    """Behind the last update, whose kernels may run on another stream than a copy of a snapshot."""
+
+    def __post_init__(self) -> None:
+        arrays = [*self.rows.arrays.values(), *self.state.arrays.values()]
+        self._updated = Fence(next((array.device for array in arrays if array.is_cuda), torch.device("cpu")))
 
     @classmethod
     def create(
@@ -137,14 +153,15 @@ class OwnedTable:
             local: ``[n]`` int64 local numbers, in any order.
             out: Per row field ``[n, *shape]``, on the CPU or where the rows are.
         """
-        for low, high in _pieces(len(local), self.rows.capacity):
-            slots = torch.from_numpy(self.rows.locate(local[low:high], write=False))
-            for name, array in self.rows.arrays.items():
-                target, index = out[name][low:high], slots.to(array.device)
-                if target.device == array.device:
-                    copy_rows(array, index, target)
-                else:
-                    target.copy_(copy_rows(array, index, torch.empty_like(target, device=array.device)))
+        with self.lock:
+            for low, high in _pieces(len(local), self.rows.capacity):
+                slots = torch.from_numpy(self.rows.locate(local[low:high], write=False))
+                for name, array in self.rows.arrays.items():
+                    target, index = out[name][low:high], slots.to(array.device)
+                    if target.device == array.device:
+                        copy_rows(array, index, target)
+                    else:
+                        target.copy_(copy_rows(array, index, torch.empty_like(target, device=array.device)))
 
     def update(self, local: np.ndarray, gradient: Tensor, rule: UpdateRule) -> None:
         """Apply ``rule`` to rows and their state, in pieces that the tiers can hold at once, and mark the rows touched.
@@ -155,44 +172,102 @@ class OwnedTable:
             rule: See :data:`UpdateRule`; its result for a row may not depend on the other rows.
         """
         for low, high in _pieces(len(local), min(self.rows.capacity, self.state.capacity)):
-            part = local[low:high]
-            row_slots = torch.from_numpy(self.rows.locate(part, write=True))
-            state_slots = torch.from_numpy(self.state.locate(part, write=True))
-            ids = torch.from_numpy(self.placement.logical(part + self.start))
-            device = self.rows.arrays[ROWS].device
-            rows = TouchedRows(self.rows.arrays, row_slots.to(device), ids.to(device), self.key)
-            with _state_beside(self.state, state_slots, device) as state:
-                rule(rows, state, gradient[low:high].to(device))
-                touched = state.arrays[TOUCHED.name]
-                if self._touched is not None:
-                    self._touched += len(part) - int(touched[state.slots].count_nonzero())
-                touched[state.slots] = 1
+            with self.lock:
+                self._update(local[low:high], gradient[low:high], rule)
+
+    def _update(self, local: np.ndarray, gradient: Tensor, rule: UpdateRule) -> None:
+        row_slots = torch.from_numpy(self.rows.locate(local, write=True))
+        state_slots = torch.from_numpy(self.state.locate(local, write=True))
+        if self.snapshot_taken is not None:
+            self.snapshot_taken.keep(local)
+        if self._changed is not None:
+            self._changed[local] = True
+        ids = torch.from_numpy(self.placement.logical(local + self.start))
+        device = self.rows.arrays[ROWS].device
+        rows = TouchedRows(self.rows.arrays, row_slots.to(device), ids.to(device), self.key)
+        with _state_beside(self.state, state_slots, device) as state:
+            rule(rows, state, gradient.to(device))
+            touched = state.arrays[TOUCHED.name]
+            if self._touched is not None:
+                self._touched += len(local) - int(touched[state.slots].count_nonzero())
+            touched[state.slots] = 1
+        self._updated.set()
 
     def read(self, start: int, stop: int) -> dict[str, Tensor]:
         """A copy on the CPU of positions ``[start, stop)``, by checkpoint key: row fields under their own names (``rows``,
         ``scales``), state as ``state.<name>``. Each ``[stop - start, *shape]`` of the field."""
-        low, high = start - self.start, stop - self.start
-        state = {STATE + name: tensor for name, tensor in self.state.read(low, high).items()}
-        return {**self.rows.read(low, high), **state}
+        with self.lock:
+            return self.stored(slice(start - self.start, stop - self.start))
+
+    def stored(self, local: slice | np.ndarray) -> dict[str, Tensor]:
+        """As :meth:`read`, of a slice of local numbers or of distinct ones ``[n]`` int64. The caller holds :attr:`lock`."""
+        self._updated.synchronize()
+        rows, state = (
+            store.read(local.start, local.stop) if isinstance(local, slice) else store.pick(local)
+            for store in (self.rows, self.state)
+        )
+        return {**rows, **{STATE + name: tensor for name, tensor in state.items()}}
 
     def write(self, first: int, tensors: Mapping[str, Tensor]) -> None:
         """Replace positions from ``first`` on: all row fields, all of the state, or both, as :meth:`read` returns them."""
         rows = {name: tensor for name, tensor in tensors.items() if not name.startswith(STATE)}
         state = {name[len(STATE) :]: tensor for name, tensor in tensors.items() if name.startswith(STATE)}
-        if rows:
-            self.rows.write(first - self.start, rows)
-        if state:
-            self.state.write(first - self.start, state)
-            self._touched = None
+        with self.lock:
+            if self.snapshot_taken is not None:
+                raise ValueError(f"table {self.spec.name} is written while a snapshot of it is read")
+            if rows:
+                self.rows.write(first - self.start, rows)
+            if state:
+                self.state.write(first - self.start, state)
+                self._touched = None
+            if self._changed is not None:
+                count = len(next(iter(tensors.values())))
+                self._changed[first - self.start : first - self.start + count] = True
+
+    def snapshot(self, folder: Path, *, changed_only: bool = False, track_changes: bool = False) -> Snapshot:
+        """Hold on to the present content, of all owned rows or of those that changed since the last snapshot.
+
+        Args:
+            folder: Where old records go that must be kept while the snapshot is read.
+            changed_only: Leave out rows that did not change since :meth:`track_changes` or the last snapshot.
+            track_changes: From now on, remember which rows change, for the next snapshot.
+
+        Raises:
+            ValueError: an earlier snapshot is open, or changes were not tracked.
+            OSError: there can be no file in ``folder``.
+        """
+        with self.lock:
+            if self.snapshot_taken is not None:
+                raise ValueError(f"table {self.spec.name} has a snapshot that is being read")
+            if changed_only and self._changed is None:
+                raise ValueError(f"nobody tracked which rows of table {self.spec.name} changed")
+            self.snapshot_taken = Snapshot(self, folder, self._changed if changed_only else None)
+            self.track_changes(track_changes)
+        return self.snapshot_taken
+
+    def track_changes(self, on: bool = True) -> None:
+        """From now on, remember which rows change: one byte per row. Or do not."""
+        self._changed = np.zeros(self.stop - self.start, dtype=np.bool_) if on else None
+
+    @property
+    def changed_rows(self) -> int | None:
+        """How many rows changed since the last snapshot; None where that was not tracked."""
+        return None if self._changed is None else int(np.count_nonzero(self._changed))
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one row with its state."""
+        return record_bytes(self.rows.fields) + record_bytes(self.state.fields)
 
     @property
     def usage(self) -> float:
         """Fraction of the owned rows that were ever updated; 0 where none are owned. Reads the state once after a load."""
         if self._touched is None:
-            self._touched = sum(
-                int(self.state.read(low, high)[TOUCHED.name].count_nonzero())
-                for low, high in _pieces(self.stop - self.start, _chunk(record_bytes(self.state.fields)))
-            )
+            with self.lock:
+                self._touched = sum(
+                    int(self.state.read(low, high)[TOUCHED.name].count_nonzero())
+                    for low, high in _pieces(self.stop - self.start, _chunk(record_bytes(self.state.fields)))
+                )
         return self._touched / max(1, self.stop - self.start)
 
     def resident_bytes(self) -> dict[str, int]:

@@ -15,8 +15,8 @@ class Worker:
     """Runs jobs in the order of their submission, in a thread of its own or, without one, at once in the caller's.
 
     Jobs are collective operations and changes of tables, so their order must be the same on every rank: one queue, filled by
-    the training loop, guarantees it, and nothing that they touch needs a lock. After a job has failed every later one is
-    refused with the same error: what it would have worked on is not what the other ranks believe.
+    the training loop, guarantees it. A table's lock is there for those who read a snapshot of it. After a job has failed every
+    later one is refused with the same error: what it would have worked on is not what the other ranks believe.
     """
 
     def __init__(self, *, threaded: bool) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from megamem.errors import CheckpointError
 from megamem.memory.table import InitSegment, OwnedTable, TableSpec
-from megamem.parallel.layout import Layout, stage_layers
+from megamem.parallel.layout import Layout, owner_range
 from megamem.testing.distributed import run_distributed
 from megamem_checkpoints.checkpointer import Checkpointer
 from megamem_checkpoints.config import CheckpointConfig
@@ -51,6 +52,10 @@ class Entry:
     tp_dim: int | None
     is_copy: bool = False
 
+    @property
+    def is_expert(self) -> bool:
+        return ".mlp.experts." in self.name
+
 
 def full_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     """The one value that ``name`` has under every layout."""
@@ -70,7 +75,7 @@ class ShardedRun:
         self.entries: list[Entry] = []
         self.states: dict[int, dict[str, Tensor]] = {}
         where = self.groups.coordinates
-        layers = stage_layers(LAYERS, layout.pp, where.pp)
+        layers = layout.stage_layers(LAYERS, where.pp)
         for name in DENSE:
             if name.startswith("embedding"):
                 here = where.pp == 0
@@ -213,6 +218,86 @@ def save_with_failure(layout: Layout, directory: Path, failing: int, phase: str)
     except CheckpointError as error:
         return str(error)
     return ""
+
+
+def save_in_background(layout: Layout, directory: Path) -> list[str]:
+    """Save in the background while ranks go on differently: full, then as increments on the ranks that changed few rows; then
+    fail on one rank. Returns what is wrong."""
+    from megamem_checkpoints import rng
+
+    run = ShardedRun(layout, directory, filled=True)
+    rank, wrong = dist.get_rank(), []
+
+    def start(step: int) -> None:
+        run.checkpointer.start(
+            step,
+            entries=run.entries,
+            state_of=lambda tensor: run.states[id(tensor)],
+            tables=run.tables,
+            meta={"world": layout.world_size},
+        )
+
+    def train(value: float, rows: dict[int, int]) -> None:
+        """Change dense state, and the first rows of each table: so many by rank."""
+        for states in run.states.values():
+            for tensor in states.values():
+                tensor.fill_(value)
+        for table in run.tables.values():
+            chosen = np.arange(min(rows.get(rank, 0), table.stop - table.start))
+            table.update(chosen, torch.full((len(chosen), 3), value), set_rows)
+
+    def set_rows(rows: Any, state: Any, gradient: Tensor) -> None:
+        rows.fields["rows"][rows.slots] = gradient
+
+    start(1)
+    train(2.0, {0: 1, 1: 99})
+    for _ in range(20):
+        dist.barrier()  # the loop's own collectives go on meanwhile
+    start(2)
+    train(3.0, {1: 1, 2: 2})
+    start(3)
+    train(4.0, {0: 5})
+    run.checkpointer.wait()
+    wrong += [str(outcome) for outcome in run.checkpointer.ended() if outcome.error is not None]
+
+    write = rng.write
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    rng.write = full if rank == 1 else write
+    start(4)
+    rng_error = ""
+    try:
+        start(5)
+    except CheckpointError as error:
+        rng_error = str(error)
+    rng.write = write
+    if "No space left on device (rank 1)" not in rng_error:
+        wrong.append(f"an error in the background arrived as {rng_error!r}")
+    if run.checkpointer.latest() != directory / "step_00000003":
+        wrong.append("the failed save left something behind")
+    run.checkpointer.close()
+    dist.barrier()
+    return wrong
+
+
+def test_background_saves_of_several_ranks(tmp_path: Path) -> None:
+    assert run_distributed(save_in_background, 4, FULL, tmp_path) == [[]] * 4
+    expected = full_tensor(table := "decoder.layers.1.engram.table", (ROWS, 3))
+    cuts = [owner_range(ROWS, 4, owner) for owner in range(4)]
+    increments = {2: [0], 3: [0, 1, 2]}
+    for step, value, changed in ((2, 2.0, {0: 1, 1: 99}), (3, 3.0, {1: 1, 2: 2})):
+        for rank, count in changed.items():
+            expected[cuts[rank].start : min(cuts[rank].start + count, cuts[rank].stop)] = value
+        reader = CheckpointReader(tmp_path / f"step_{step:08d}")
+        reader.verify(threads=2)
+        assert torch.equal(reader.rows(table, 0, ROWS), expected)
+        record = reader.manifest.tables[table]
+        owners = [rank for rank, cut in enumerate(cuts) if any(item.start in cut for item in record.increments)]
+        assert owners == increments[step] and len(record.files) == 4
+        name = "decoder.final_layernorm.weight"
+        assert torch.equal(reader.tensor(name), torch.full((6,), value))
 
 
 def agree_on(layout: Layout, directory: Path, different: bool) -> str:

@@ -111,9 +111,10 @@ class StoredRows:
             self.store(table, index, raw)
             dequantize_rows({k: self._workspace.moved(f"own/{k}", rows, out.device) for k, rows in raw.items()}, out)
             return
-        for start in range(0, len(index), store.capacity):
-            slots = torch.from_numpy(store.locate(index[start : start + store.capacity], write=False))
-            gather_rows(store.arrays, slots.to(out.device), out[start : start + len(slots)])
+        with self._tables[table].lock:
+            for start in range(0, len(index), store.capacity):
+                slots = torch.from_numpy(store.locate(index[start : start + store.capacity], write=False))
+                gather_rows(store.arrays, slots.to(out.device), out[start : start + len(slots)])
         self._count(table, len(index))
 
     def _count(self, table: str, rows: int) -> None:

@@ -41,6 +41,10 @@ class RowStore(Protocol):
         """A copy of records ``[start, stop)``, per field on the CPU. Leaves a cache as it is."""
         ...
 
+    def pick(self, records: np.ndarray) -> dict[str, Tensor]:
+        """A copy of ``records`` ``[n]`` int64, distinct and of any number, as :meth:`read` makes it."""
+        ...
+
     def write(self, start: int, values: Mapping[str, Tensor]) -> None:
         """Replace records from ``start`` on; ``values`` holds every field, or some of them."""
         ...

@@ -126,11 +126,15 @@ class DiskStore:
 
     def read(self, start: int, stop: int) -> dict[str, Tensor]:
         """See :class:`~megamem.memory.tiers.base.RowStore`."""
-        out = {field.name: field.allocate(stop - start) for field in self.fields}
-        cached = self._slot_of[start:stop].astype(np.int64)
+        return self.pick(np.arange(start, stop))
+
+    def pick(self, records: np.ndarray) -> dict[str, Tensor]:
+        """See :class:`~megamem.memory.tiers.base.RowStore`."""
+        out = {field.name: field.allocate(len(records)) for field in self.fields}
+        cached = self._slot_of[records].astype(np.int64)
         absent = np.flatnonzero(cached < 0)
         views = _byte_views(self.fields, out)
-        self._file.transfer(views, absent, start + absent, write=False)
+        self._file.transfer(views, absent, records[absent], write=False)
         present = np.flatnonzero(cached >= 0)
         for view, source in zip(views, self._views, strict=True):
             view[present] = source[cached[present]]

@@ -17,6 +17,7 @@ from megamem.memory.tiers.base import record_bytes
 from megamem.memory.tiers.limits import available_host_bytes
 from megamem_kernels.formats import Field
 from megamem_kernels.parallel import for_ranges
+from megamem_kernels.row_gather import copy_rows
 
 _SHARED = "/dev/shm"
 _PAGES_PER_THREAD = 4096
@@ -41,6 +42,14 @@ class ResidentStore:
     def read(self, start: int, stop: int) -> dict[str, Tensor]:
         """See :class:`~megamem.memory.tiers.base.RowStore`."""
         return {name: array[start:stop].to("cpu", copy=True) for name, array in self.arrays.items()}
+
+    def pick(self, records: np.ndarray) -> dict[str, Tensor]:
+        """See :class:`~megamem.memory.tiers.base.RowStore`."""
+        index = torch.from_numpy(records)
+        return {
+            name: copy_rows(array, index.to(array.device), array.new_empty(len(index), *array.shape[1:])).cpu()
+            for name, array in self.arrays.items()
+        }
 
     def write(self, start: int, values: Mapping[str, Tensor]) -> None:
         """See :class:`~megamem.memory.tiers.base.RowStore`."""

@@ -32,6 +32,10 @@ class Entry:
     tp_dim: int | None
     is_copy: bool = False
 
+    @property
+    def is_expert(self) -> bool:
+        return ".mlp.experts." in self.name
+
 
 STATE = (Field("exp_avg", torch.float32, (4,)), Field("last_step", torch.int32, ()))
 
@@ -61,7 +65,9 @@ def owned_table(
 class MiniRun:
     """Everything that one process of a run hands to a checkpointer."""
 
-    def __init__(self, directory: Path, *, seed: int, hidden: int = 6, keep: int = 2, **tables: Any) -> None:
+    def __init__(
+        self, directory: Path, *, seed: int, hidden: int = 6, keep: int = 2, incremental: str = "off", **tables: Any
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -90,10 +96,11 @@ class MiniRun:
         }
         self.meta: dict[str, Any] = {"seed": seed, "lr": 1e-3, "data": {"order": [1, 2]}, "losses": {"first": 10.25}}
         self.rng = {"tracker.model-parallel-rng": torch.arange(9, dtype=torch.uint8)}
-        self.checkpointer = Checkpointer(directory, CheckpointConfig(keep=keep), groups=None)
+        self.checkpointer = Checkpointer(directory, CheckpointConfig(keep=keep, incremental=incremental), groups=None)
 
-    def save(self, step: int) -> Path:
-        return self.checkpointer.save(
+    def save(self, step: int, *, wait: bool = True) -> Path:
+        save = self.checkpointer.save if wait else self.checkpointer.start
+        return save(
             step,
             entries=self.entries,
             state_of=self.get,

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from megamem.errors import CheckpointError
-from megamem_checkpoints import dense, directory, files, rng, save, tables
+from megamem_checkpoints import dense, directory, files, owned, rng, save
 
 PHASES = [
     (directory, "prepare"),
     (dense, "collect"),
     (rng, "write"),
-    (tables, "write"),
+    (owned, "write_tensors"),
     (dense, "write"),
     (save, "record"),
     (save, "_manifest"),

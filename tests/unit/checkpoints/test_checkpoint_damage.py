@@ -94,7 +94,7 @@ def test_newer_format_is_refused_and_never_skipped(
         patch.setattr("megamem_checkpoints.save.FORMAT_VERSION", manifests.FORMAT_VERSION + 1)
         path = run.save(2)
     for action in (run.checkpointer.latest, lambda: run.load(path)):
-        with pytest.raises(CheckpointError, match=r"format version 3, written by megamem .*; update megamem"):
+        with pytest.raises(CheckpointError, match=r"format version 4, written by megamem .*; update megamem"):
             action()
 
 

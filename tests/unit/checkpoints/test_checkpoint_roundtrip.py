@@ -15,7 +15,7 @@ from megamem.config.base import to_dict
 from megamem.errors import CheckpointError
 from megamem.memory.config import EngramConfig, MemoryConfig
 from megamem.models.config import ModelConfig, MoEConfig
-from megamem_checkpoints import dense, tables
+from megamem_checkpoints import dense, owned
 from megamem_checkpoints.compare import compare_models
 from megamem_checkpoints.directory import find_checkpoint
 from megamem_checkpoints.reader import CheckpointReader
@@ -50,8 +50,7 @@ def test_small_files_and_batches_read_back_the_same(
     mini_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dense, "FILE_BYTES", 200)
-    write = tables.write
-    monkeypatch.setattr(tables, "write", lambda root, table: write(root, table, file_bytes=300))
+    monkeypatch.setattr(owned, "FILE_BYTES", 300)
     saved, fresh = mini_run(seed=1), mini_run(seed=2)
     path = saved.save(1)
     assert len(list((path / "dense").iterdir())) > 3

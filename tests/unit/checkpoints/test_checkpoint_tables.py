@@ -22,7 +22,8 @@ from megamem.memory.table import InitSegment, OwnedTable, TableSpec
 from megamem.memory.tiers.disk import DiskStore
 from megamem.memory.tiers.resources import TierResources
 from megamem_checkpoints import manifest as manifests
-from megamem_checkpoints import tables
+from megamem_checkpoints import owned, tables
+from megamem_checkpoints.owned import TableSave
 from megamem_checkpoints.reader import CheckpointReader
 from megamem_kernels.formats import Field, row_fields
 from megamem_kernels.rounding import quantize_rows
@@ -78,12 +79,21 @@ def rounded(values: Tensor, *formats: str) -> Tensor:
     return values
 
 
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owned, "FILE_BYTES", 1500)
+
+
 def write(folder: Path, owners: int, placement: str, format: str, **options: Any) -> Any:
     parts = [make(owner, owners, placement, format, filled=True, **options) for owner in range(owners)]
-    record = tables.merge([tables.write(folder, part, file_bytes=1500) for part in parts])
+    saves = [TableSave(folder, part, 1, None, "off") for part in parts]
+    for save in saves:
+        for piece in save.plan():
+            save.write(*piece)
+        save.close()
     for part in parts:
         part.close()
-    return record
+    return tables.merge([save.record for save in saves])
 
 
 @pytest.mark.parametrize(
@@ -120,16 +130,19 @@ def test_any_layout_reads_back_into_any_other(
 
 
 def test_a_table_larger_than_its_cache_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owned, "_CHUNK_BYTES", 400)
     pieces = []
-    read = OwnedTable.read
+    stored = OwnedTable.stored
 
-    def counted(table: OwnedTable, start: int, stop: int) -> dict[str, Tensor]:
-        pieces.append(stop - start)
-        return read(table, start, stop)
+    def counted(table: OwnedTable, local: slice) -> dict[str, Tensor]:
+        pieces.append(local.stop - local.start)
+        return stored(table, local)
 
-    monkeypatch.setattr(OwnedTable, "read", counted)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(OwnedTable, "stored", counted)
     on_disk = write(tmp_path / "a", 2, "contiguous", "bf16", tier="disk", root=tmp_path / "disk")
-    assert max(pieces) <= 1500 // (2 * WIDTH + 13) and sum(pieces) == ROWS
+    assert max(pieces) <= 400 // (2 * WIDTH + 13) and sum(pieces) == ROWS
     in_memory = write(tmp_path / "b", 2, "contiguous", "bf16")
     assert on_disk == in_memory
     for name in on_disk.files:
@@ -142,7 +155,9 @@ def test_checkpoints_of_version_1_are_read(mini_run: Callable[..., Any]) -> None
     body = json.loads(path.read_text())
     del body["manifest_sha256"]
     body["format_version"] = 1
+    assert manifests.FORMAT_VERSION == 3
     for record in body["tables"].values():
+        assert record.pop("increments") == []
         assert record.pop("format") == "fp32"
         assert record.pop("placement") == {"name": "contiguous", "multiplier": 1}
     path.write_text(json.dumps({**body, "manifest_sha256": manifests._checksum(body)}))

@@ -93,12 +93,12 @@ def test_addresses_outside_the_table_are_refused(bad: int, name: PlacementName) 
 def test_each_tensor_parallel_rank_plans_its_slice() -> None:
     tokens = np.arange(12).reshape(2, 6) * 3
     batch = StepBatch(step=4, micro_batches=(micro_batch(tokens), micro_batch(tokens[:1])))
-    for tp_rank, positions in enumerate((slice(0, 2), slice(2, 4), slice(4, 6))):
-        plan = plan_step(batch, [ShiftStream()], PLACEMENTS, owners=6, tp_rank=tp_rank, tp_size=3).streams["shift"]
+    for index, positions in enumerate((slice(0, 2), slice(2, 4), slice(4, 6))):
+        plan = plan_step(batch, [ShiftStream()], PLACEMENTS, owners=6, slice_index=index, slices=3).streams["shift"]
         np.testing.assert_array_equal(plan.ids[plan.inverse[0]], tokens[:, positions, None] + np.arange(2))
         assert plan.inverse[1].shape == (1, 2, 2)
     with pytest.raises(ConfigError, match=r"data\.seq_length=6"):
-        plan_step(batch, [ShiftStream()], PLACEMENTS, owners=4, tp_rank=0, tp_size=4)
+        plan_step(batch, [ShiftStream()], PLACEMENTS, owners=4, slice_index=0, slices=4)
 
 
 def test_streams_learn_whether_the_step_trains() -> None:

@@ -1,0 +1,328 @@
+"""``megamem checkpoint``: list, check, compare and delete the checkpoints of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megamem.config import at_least
+from megamem.errors import CheckpointError
+from megamem_launch.verbs.parse import parse
+
+_SHOWN = 20
+"""Lines of each kind that ``diff`` prints; ``--json`` has all."""
+
+
+@dataclass
+class Arguments:
+    """Look after the checkpoints of a run.
+
+      ls       every checkpoint: step, age, size, layout, whether it is whole
+      verify   read every byte and compare it with what was written
+      diff     in what two checkpoints differ: weights, moments, rows of tables, settings
+      prune    delete old checkpoints, and what killed saves left behind
+
+    `megamem checkpoint ACTION --help` teaches each.
+
+    Examples:
+      megamem checkpoint ls runs/quickstart
+      megamem checkpoint verify runs/quickstart
+      megamem checkpoint diff runs/one runs/two/checkpoints/step_00000400
+      megamem checkpoint prune runs/quickstart --keep 2 --keep-every 1000 --dry-run
+    """
+
+    action: Annotated[Literal["ls", "verify", "diff", "prune"], tyro.conf.Positional]
+    """What to do."""
+
+
+@dataclass
+class ListArguments:
+    """List the checkpoints of a run, oldest first; an arrow marks the one that a resume starts from.
+
+    `size` is what the files take, `own` what deleting the checkpoint would free: the rest is shared with others through hard
+    links. `+2` of the tables were saved as rows that had changed. A checkpoint is whole when every file is there at its full
+    length; `megamem checkpoint verify` reads them too.
+
+    Examples:
+      megamem checkpoint ls runs/quickstart
+      megamem checkpoint ls runs/quickstart --json | jq '.checkpoints[-1].step'
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Directory of a run, or its directory of checkpoints."""
+    json: bool = False
+    """Print JSON; sizes are bytes, times seconds since 1970."""
+
+
+@dataclass
+class VerifyArguments:
+    """Read every file of a checkpoint, or of all checkpoints of a run, and compare it with the manifest's length and sha256.
+
+    Names every file that is not what was written and ends with code 2 if there is one. A file that several checkpoints share is
+    read once.
+
+    Examples:
+      megamem checkpoint verify runs/quickstart
+      megamem checkpoint verify runs/quickstart/checkpoints/step_00000400 --threads 8
+    """
+
+    path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|CHECKPOINT")]
+    """Directory of a run, its directory of checkpoints, or one checkpoint."""
+    threads: int = 4
+    """Files that are read at once."""
+    json: bool = False
+    """Print JSON."""
+
+
+@dataclass
+class DiffArguments:
+    """Compare two checkpoints of one model, whatever layouts, owners and placements wrote them.
+
+    Prints the dense weights and moments that differ with the largest absolute difference, per table how many rows differ in
+    values and in optimizer state, and the settings that differ. Ends with code 0 where all tensors and tables are the same bit
+    for bit, else 1; settings do not count.
+
+    Examples:
+      megamem checkpoint diff runs/one runs/two
+      megamem checkpoint diff runs/one/checkpoints/step_00000100 runs/one/checkpoints/step_00000200 --json
+    """
+
+    a: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="A")]
+    """A checkpoint, or the directory of a run, whose latest is taken."""
+    b: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="B")]
+    """The same."""
+    json: bool = False
+    """Print JSON with everything that differs."""
+
+
+@dataclass
+class PruneArguments:
+    """Delete all but the newest checkpoints of a run, and the leftovers of killed saves.
+
+    Damaged checkpoints do not count as kept, and the one that `latest` names always stays. Refuses while the run trains, which
+    prunes by itself (settings checkpoint.keep and checkpoint.keep_every).
+
+    Examples:
+      megamem checkpoint prune runs/quickstart --keep 1 --dry-run
+      megamem checkpoint prune runs/quickstart --keep 2 --keep-every 1000
+    """
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Directory of a run, or its directory of checkpoints."""
+    keep: int = 2
+    """Newest whole checkpoints that stay."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this stay too; 0 for none."""
+    dry_run: bool = False
+    """Say what would go, and delete nothing."""
+    json: bool = False
+    """Print JSON."""
+
+
+def main(argv: list[str]) -> int:
+    """Entry of the verb."""
+    actions: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
+        "ls": (ListArguments, _list),
+        "verify": (VerifyArguments, _verify),
+        "diff": (DiffArguments, _diff),
+        "prune": (PruneArguments, _prune),
+    }
+    if not argv or argv[0] not in actions:
+        parse(Arguments, argv[:1], "checkpoint")  # ends the process: help, or what is wrong
+    arguments, action = actions[argv[0]]
+    return action(parse(arguments, argv[1:], f"checkpoint {argv[0]}"))
+
+
+def _list(arguments: ListArguments) -> int:
+    from megamem_checkpoints.directory import leftovers
+    from megamem_checkpoints.listing import disk_usage, list_checkpoints
+
+    directory = _directory(arguments.run)
+    found = list_checkpoints(directory)
+    unfinished = leftovers(directory)
+    size, _ = disk_usage([directory])
+    if arguments.json:
+        _print_json(
+            directory=str(directory),
+            bytes=size,
+            checkpoints=[asdict(one) | {"path": str(one.path)} for one in found],
+            unfinished=[path.name for path in unfinished],
+        )
+        return 0
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("step", "age", "size", "own", "ranks", "tables"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("layout")
+    table.add_column("")
+    for one in found:
+        marks = (["[green]<- latest[/]"] if one.latest else []) + (["[red]damaged[/]"] if one.problem else [])
+        cells = [_step_name(one.path), _age(time.time() - one.saved), decimal(one.bytes), decimal(one.own_bytes)]
+        if one.step is not None:
+            tables = f"{one.tables}{f' (+{one.incremental_tables})' if one.incremental_tables else ''}"
+            cells += [str(one.world_size), tables, one.layout or "dp"]
+        else:
+            cells += ["", "", ""]
+        table.add_row(*cells, " ".join(marks))
+    console = Console(highlight=False)
+    console.print(f"{directory}: {len(found)} checkpoints, {decimal(size)} on disk", markup=False, soft_wrap=True)
+    console.print(table)
+    for one in found:
+        if one.problem:
+            console.print(one.problem, markup=False, soft_wrap=True)
+    for path in unfinished:
+        console.print(f"{path.name}: a save under way, or left by a killed one", markup=False, soft_wrap=True)
+    return 0
+
+
+def _verify(arguments: VerifyArguments) -> int:
+    at_least(arguments, 1, "threads")
+    from megamem_checkpoints.directory import steps
+    from megamem_checkpoints.integrity import Verification
+    from megamem_checkpoints.manifest import FILE_NAME
+
+    path = arguments.path
+    paths = [path] if (path / FILE_NAME).is_file() else steps(_directory(path))
+    verification = Verification(paths)
+    with _bar("reading", verification.bytes, shown=not arguments.json, in_bytes=True) as advance:
+        results = verification.run(threads=arguments.threads, advance=advance)
+    damaged = any(result.damaged for result in results)
+    if arguments.json:
+        _print_json(ok=not damaged, checkpoints=[asdict(result) | {"path": str(result.path)} for result in results])
+    else:
+        for result in results:
+            verdict = f"{len(result.damaged)} DAMAGED" if result.damaged else "whole"
+            print(f"{result.path}: {result.files} files, {decimal(result.bytes)}, {verdict}")
+            for problem in result.damaged.values():
+                print(f"  {problem}", file=sys.stderr)
+    return 2 if damaged else 0
+
+
+def _diff(arguments: DiffArguments) -> int:
+    from megamem_checkpoints.diff import compare_checkpoints, size_of_work
+    from megamem_checkpoints.directory import find_checkpoint
+    from megamem_checkpoints.reader import CheckpointReader
+
+    a, b = (CheckpointReader(find_checkpoint(path)) for path in (arguments.a, arguments.b))
+    with _bar("comparing", size_of_work(a, b), shown=not arguments.json) as advance:
+        found = compare_checkpoints(a, b, advance=advance)
+    if arguments.json:
+        sides = {name: {"path": str(one.path), "step": one.step} for name, one in (("a", a), ("b", b))}
+        _print_json(equal=found.equal, **sides, **asdict(found))
+        return 0 if found.equal else 1
+    for side, reader in (("A", a), ("B", b)):
+        print(f"{side}: {reader.path}, step {reader.step}")
+    _lines("only in A", found.only_in_a)
+    _lines("only in B", found.only_in_b)
+    _lines(
+        "tensors that differ, by at most",
+        [f"{one.name}  {_short(one.largest)}  {one.note}".rstrip() for one in found.dense],
+    )
+    _lines(
+        "tables that differ",
+        [
+            f"{one.name}  {one.rows_changed:,} of {one.rows:,} rows by at most {_short(one.largest)}, "
+            f"state of {one.state_changed:,}  {one.note}".rstrip()
+            for one in found.tables
+        ],
+    )
+    _lines("settings that differ", [f"{name}  {json.dumps(a)}  {json.dumps(b)}" for name, a, b in found.settings])
+    print("the same bit for bit" if found.equal else "different")
+    return 0 if found.equal else 1
+
+
+def _prune(arguments: PruneArguments) -> int:
+    at_least(arguments, 1, "keep")
+    at_least(arguments, 0, "keep_every")
+    from megamem_checkpoints import directory as directories
+    from megamem_checkpoints.listing import disk_usage
+
+    directory = _directory(arguments.run)
+    with contextlib.nullcontext() if arguments.dry_run else _alone(directory):
+        doomed = directories.leftovers(directory)
+        doomed += directories.prunable(directory, keep=arguments.keep, keep_every=arguments.keep_every)
+        _, freed = disk_usage(doomed)
+        for path in () if arguments.dry_run else doomed:
+            directories.delete(path)
+    if arguments.json:
+        names = [path.name for path in doomed]
+        _print_json(directory=str(directory), deleted=not arguments.dry_run, paths=names, bytes=freed)
+        return 0
+    for path in doomed:
+        print(path)
+    verb = "would go" if arguments.dry_run else "deleted"
+    print(f"{len(doomed)} directories {verb}, {decimal(freed)} {'would be ' if arguments.dry_run else ''}freed")
+    return 0
+
+
+def _directory(run: Path) -> Path:
+    """Where the checkpoints of a run are; CheckpointError where there are none."""
+    from megamem_checkpoints.directory import leftovers, steps
+
+    for directory in (run / "checkpoints", run):
+        if directory.is_dir() and (steps(directory) or leftovers(directory)):
+            return directory
+    raise CheckpointError(f"{run} has no checkpoints; name the directory of a run, or its directory of checkpoints")
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold what a training run holds, and what a save does; CheckpointError where somebody else has it."""
+    from megamem_checkpoints.files import writer_lock
+
+    with contextlib.ExitStack() as stack:
+        if (directory.parent / ".lock").exists():
+            stack.enter_context(writer_lock(directory.parent, doing="training"))
+        stack.enter_context(writer_lock(directory))
+        yield
+
+
+@contextlib.contextmanager
+def _bar(label: str, total: int, *, shown: bool, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error, where that is a terminal; yields the function that reports what is done."""
+    console = Console(stderr=True)
+    amount = DownloadColumn() if in_bytes else TaskProgressColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn())
+    disabled = not (shown and console.is_terminal)
+    with Progress(*columns, console=console, transient=True, disable=disabled) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+def _print_json(**values: Any) -> None:
+    print(json.dumps(values, indent=1))
+
+
+def _lines(title: str, lines: list[str]) -> None:
+    if lines:
+        print(f"{title} ({len(lines)}):")
+        for line in lines[:_SHOWN]:
+            print(f"  {line}")
+        if len(lines) > _SHOWN:
+            print(f"  and {len(lines) - _SHOWN} more (--json has all)")
+
+
+def _short(largest: float | None) -> str:
+    return "(not a number)" if largest is None else f"{largest:.3e}"
+
+
+def _step_name(path: Path) -> str:
+    return path.name.removeprefix("step_").lstrip("0") or "0"
+
+
+def _age(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{max(0, seconds):.0f} s"
