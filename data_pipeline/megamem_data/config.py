@@ -40,10 +40,11 @@ class SourceConfig:
 
 @dataclass(kw_only=True, slots=True)
 class TokenizerConfig:
-    """``data.tokenizer``: an existing sentencepiece model, or how to train one on the sources."""
+    """``data.tokenizer``: an existing tokenizer, or how to train one on the sources."""
 
     model: str = ""
-    """Path of an existing sentencepiece ``.model``; empty trains one."""
+    """Path of an existing sentencepiece ``.model``, or of the folder of a Hugging Face model's ``tokenizer.json``; empty trains
+    a sentencepiece model."""
     type: Literal["bpe", "unigram"] = "bpe"
     """``bpe`` exports to Hugging Face with identical ids; ``unigram`` is verified at export and refused on a
     mismatch."""

@@ -17,6 +17,7 @@ from megamem.files import fsync
 from megamem_data.config import DataConfig
 from megamem_data.prepared import MANIFEST, PreparedData
 from megamem_data.sources import list_files
+from megamem_data.tokenizer import open_tokenizer
 
 _LEVELS = "levels of memory.bank.units"
 _TREE_SETTINGS = ("memory.bank.branching", _LEVELS, "data.cluster_dimensions", "data.encoder")
@@ -32,7 +33,7 @@ def describe_request(config: DataConfig, *, branching: int, levels: int, seed: i
             request[f"{where} files"] = _describe_listing(list_files(source, where))
     tokenizer = config.tokenizer
     if tokenizer.model:
-        request["data.tokenizer.model"] = hashlib.sha256(read_model(tokenizer.model)).hexdigest()
+        request["data.tokenizer.model"] = open_tokenizer(tokenizer.model).fingerprint
     else:
         request |= {f"data.tokenizer.{name}": value for name, value in to_dict(tokenizer).items()}
     request |= {"data.validation_fraction": config.validation_fraction, "data.shard_tokens": config.shard_tokens}
@@ -48,16 +49,6 @@ def _describe_listing(files: list[Path]) -> str:
         status = file.stat()
         digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", errors="surrogateescape"))
     return f"{len(files)} files with hash {digest.hexdigest()[:16]}"
-
-
-def read_model(path: str) -> bytes:
-    """The sentencepiece model that ``data.tokenizer.model`` names; DataError where it cannot be read."""
-    try:
-        return Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"data.tokenizer.model cannot be read ({error}); set it to an existing sentencepiece model"
-        ) from None
 
 
 def finished(path: Path, request: dict[str, Any]) -> PreparedData | None:

@@ -13,14 +13,16 @@ import numpy as np
 from megamem.errors import ConfigError, DataError
 from megamem_data.clustering import ClusterTree
 from megamem_data.config import DataConfig
-from megamem_data.directory import commit, describe_request, finished, read_model, workspace
+from megamem_data.directory import commit, describe_request, finished, workspace
 from megamem_data.embedding import Embedder, SentenceEmbedder, TokenEmbedder
+from megamem_data.encoding import encode_documents
 from megamem_data.order import derive_key, held_out
-from megamem_data.prepared import CLUSTERS, PATHS, TOKENIZER, Manifest, PreparedData, describe_file
+from megamem_data.prepared import CLUSTERS, PATHS, Manifest, PreparedData, describe_file
 from megamem_data.progress import Reporter
 from megamem_data.shards import Shard, ShardInfo, ShardWriter, token_dtype
 from megamem_data.sources import SourceCounts, read_documents
-from megamem_data.tokenizer import Tokenizer, encode_documents, train_tokenizer
+from megamem_data.tokenizer import Tokenizer, open_tokenizer
+from megamem_data.tokenizer_training import train_tokenizer
 
 _FIT_TOKENS = 16_000_000  # in the sample of documents that the embedding is fitted on
 _EMBED_TOKENS = 1_000_000  # per call of the embedder
@@ -96,14 +98,16 @@ class _Job:
         return manifest.write(self.folder)
 
     def make_tokenizer(self) -> Tokenizer:
+        tokenizer: Tokenizer
         if self.config.tokenizer.model:
-            tokenizer = Tokenizer(read_model(self.config.tokenizer.model), self.config.tokenizer.model)
+            tokenizer = open_tokenizer(self.config.tokenizer.model)
         else:
             with self.report.stage("data: reading text for the tokenizer", None, "documents") as advance:
                 tokenizer = train_tokenizer(
                     self.documents(SourceCounts(), advance), self.config.tokenizer, seed=self.seed
                 )
-        (self.folder / TOKENIZER).write_bytes(tokenizer.model)
+        for name, content in tokenizer.files.items():
+            (self.folder / name).write_bytes(content)
         return tokenizer
 
     def write_shards(self, tokenizer: Tokenizer) -> tuple[list[ShardInfo], SourceCounts]:

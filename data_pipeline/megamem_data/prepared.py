@@ -1,7 +1,8 @@
 """Prepared data on disk: what ``prepare`` writes and everything else opens.
 
-``data.json`` (the manifest: counts, hashes and sizes of all other files), ``tokenizer.model``, ``shard_*.bin`` and
-``.idx``; with a cluster tree also ``clusters.safetensors`` and ``paths.npy`` (``[documents, levels]`` int64).
+``data.json`` (the manifest: counts, hashes and sizes of all other files), ``tokenizer.model`` or ``tokenizer.json`` with
+the files beside it, ``shard_*.bin`` and ``.idx``; with a cluster tree also ``clusters.safetensors`` and ``paths.npy``
+(``[documents, levels]`` int64).
 """
 
 from __future__ import annotations
@@ -17,18 +18,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from megamem.errors import DataError
-from megamem.files import fsync
+from megamem.files import TOKENIZER_FILES, fsync
 from megamem_data.order import held_out
 from megamem_data.packing import TokenStream
 from megamem_data.shards import Shard, ShardInfo, token_dtype
-from megamem_data.tokenizer import Tokenizer
+from megamem_data.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from megamem_data.clustering import ClusterTree
 
 FORMAT = "megamem-data-1"
 MANIFEST = "data.json"
-TOKENIZER = "tokenizer.model"
 CLUSTERS = "clusters.safetensors"
 PATHS = "paths.npy"
 
@@ -115,7 +115,7 @@ class PreparedData:
         by_size = sorted(data.manifest.files.items(), key=lambda item: (-item[1]["bytes"], item[0]))
         for number, (name, expected) in enumerate(by_size):
             mine = verify and number % ranks == rank
-            check_file(folder / name, expected, hashed=mine or name in (TOKENIZER, CLUSTERS))
+            check_file(folder / name, expected, hashed=mine or name in (*TOKENIZER_FILES, CLUSTERS))
         if data.document_paths.shape != (data.manifest.documents, data.levels):
             raise DataError(
                 f"{folder / PATHS} does not hold one path per document; delete its folder and prepare again"
@@ -153,13 +153,14 @@ class PreparedData:
 
     @property
     def tokenizer_model(self) -> Path:
-        """The sentencepiece model."""
-        return self.path / TOKENIZER
+        """The file that decides about ids: a sentencepiece model or a ``tokenizer.json``."""
+        return self.path / next(name for name in TOKENIZER_FILES if name in self.manifest.files)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, loaded."""
-        return Tokenizer(self.tokenizer_model.read_bytes(), str(self.tokenizer_model))
+        names = [name for name in TOKENIZER_FILES if name in self.manifest.files]
+        return load_tokenizer({name: (self.path / name).read_bytes() for name in names}, str(self.path))
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:

@@ -114,4 +114,62 @@ BASES: dict[str, dict[str, Any]] = {
         "optimizer": {"lr": 1e-3, "min_lr_ratio": 0.01, "warmup_steps": 10_000, "weight_decay": 0.1},
         "checkpoint": {"interval": 2000, "keep": 3},
     },
+    # The native family: models that can be exported as transformers' own Qwen4-Exp (docs/huggingface.md), with one
+    # feed-forward shape in all layers, raw token ids hashed and no bank. Each Engram costs a layer of zeros there, hence one
+    # Engram where size matters: in the second layer, the best place for a single one (arXiv 2601.07372).
+    "native_tiny": {
+        "model": {
+            "num_layers": 4,
+            "hidden_size": 64,
+            "ffn_hidden_size": 128,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "moe": {"layers": [0, 1, 2, 3], "num_experts": 4, "router_topk": 2, "ffn_hidden_size": 64},
+        },
+        "memory": {"engram": {"layers": [1, 3], "heads": 2, "width": 8, "rows_per_head": 1009}},
+        "data": {"seq_length": 64, "tokenizer": {"vocab_size": 1024}},
+        "train": {"steps": 20, "global_batch_size": 4, "micro_batch_size": 1},
+        "optimizer": {"lr": 3e-3, "warmup_steps": 2},
+        "checkpoint": {"interval": 10},
+    },
+    # 1.4B parameters and a table of 2.9B.
+    "native_dense": {
+        "model": {
+            "num_layers": 24,
+            "hidden_size": 2048,
+            "ffn_hidden_size": 5632,
+            "num_attention_heads": 16,
+            "num_query_groups": 8,
+            "vocab_size": 65_536,
+            "untie_embeddings_and_output_weights": True,
+        },
+        "memory": {"engram": {"layers": [1], "orders": [2, 3], "heads": 8, "width": 80, "rows_per_head": 2_262_400}},
+        "data": {"seq_length": 4096, "tokenizer": {"vocab_size": 65_536}},
+        "train": {"steps": 50_000, "global_batch_size": 512, "precision": "bf16", "eval_interval": 1000},
+        "optimizer": {"lr": 4e-4, "warmup_steps": 2000},
+        "checkpoint": {"interval": 1000, "keep": 3},
+    },
+    # 6.9B parameters, of which a token uses 1.3B, and the same table.
+    "native_moe": {
+        "model": {
+            "num_layers": 16,
+            "hidden_size": 2048,
+            "num_attention_heads": 16,
+            "num_query_groups": 8,
+            "vocab_size": 65_536,
+            "untie_embeddings_and_output_weights": True,
+            "moe": {
+                "layers": list(range(16)),
+                "num_experts": 64,
+                "router_topk": 8,
+                "ffn_hidden_size": 1024,
+                "token_dispatcher": "alltoall",
+            },
+        },
+        "memory": {"engram": {"layers": [1], "orders": [2, 3], "heads": 8, "width": 80, "rows_per_head": 2_262_400}},
+        "data": {"seq_length": 4096, "tokenizer": {"vocab_size": 65_536}},
+        "train": {"steps": 50_000, "global_batch_size": 1024, "precision": "bf16", "eval_interval": 1000},
+        "optimizer": {"lr": 4e-4, "warmup_steps": 2000},
+        "checkpoint": {"interval": 1000, "keep": 3},
+    },
 }

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from megamem.cli import main
+from megamem.config import to_dict
+from megamem.models.canonical import CanonicalEntry
+from megamem_checkpoints.checkpointer import Checkpointer
+from megamem_checkpoints.config import CheckpointConfig
 from megamem_checkpoints.files import writer_lock
+from megamem_launch.compose import open_data
+from megamem_launch.config import load_config
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
 
@@ -117,3 +127,58 @@ def test_a_run_is_trained_by_one_process(folder: Path, prepared_tiny: Path, caps
         sentence = refused(capsys, "train", TINY, f"data.path={prepared_tiny}")
     assert "another process is training runs/tiny" in sentence
     assert [path.name for path in run.iterdir()] == [".lock"]
+
+
+def tiny_checkpoint(folder: Path, data: Path, **meta: object) -> Path:
+    """What a run of the tiny configuration on ``data`` might have saved, but for ``meta``."""
+    config = load_config(TINY, [f"data.path={data}"])
+    prepared = open_data(config, verify=False)
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    return Checkpointer(folder, CheckpointConfig(), groups=None).save(
+        7,
+        entries=[CanonicalEntry("decoder.final_layernorm.weight", weight, slice(None), None)],
+        state_of=lambda parameter: {"master": parameter.detach()},
+        tables={},
+        meta={"config": to_dict(config), "tokenizer_sha256": prepared.tokenizer.sha256} | meta,
+    )
+
+
+def newer(path: Path) -> None:
+    body = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(body | {"format_version": body["format_version"] + 1}))
+
+
+def shard(path: Path) -> Path:
+    return next((path / "dense").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda path: shard(path).unlink(), "is missing"),
+        (lambda path: os.truncate(shard(path), 50), "50 bytes long in place of"),
+        (newer, "update megamem"),
+        (lambda path: (path / "manifest.json").write_text("{"), "manifest.json is damaged"),
+    ],
+)
+def test_a_checkpoint_to_start_from_that_is_damaged_or_newer(
+    folder: Path, prepared_tiny: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], named: str
+) -> None:
+    path = tiny_checkpoint(folder / "other", prepared_tiny)
+    damage(path)
+    before = sorted(folder.rglob("*"))
+    assert named in refused(capsys, "train", TINY, f"data.path={prepared_tiny}", f"checkpoint.load={path}")
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_checkpoint_of_another_tokenizer_or_model(
+    folder: Path, prepared_tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("train", TINY, f"data.path={prepared_tiny}", "checkpoint.load=other")
+    tiny_checkpoint(folder / "other", prepared_tiny, tokenizer_sha256="0" * 64)
+    sentence = refused(capsys, *arguments)
+    assert "another tokenizer (sha256 000000000000 there" in sentence and "data.tokenizer.model" in sentence
+    tiny_checkpoint(folder / "other", prepared_tiny)
+    sentence = refused(capsys, *arguments, "model.ffn_hidden_size=96")
+    assert "model.ffn_hidden_size is 128 there and 96 in this run" in sentence
+    assert not (folder / "runs").exists()

@@ -6,14 +6,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from megamem_checkpoints.hf.plan import ExportPlan
 
-def model_card(meta: Mapping[str, Any], report: Mapping[str, Any], *, license: str) -> str:
+
+def model_card(meta: Mapping[str, Any], report: Mapping[str, Any], plan: ExportPlan, *, license: str) -> str:
     """``README.md`` of an export: how to load it, its shape, what it was trained on and how far.
 
     Args:
-        meta: of the checkpoint: ``config``, ``tokens_seen``, ``final_losses``.
-        report: of the export: ``step``, ``dtype``, ``parameters``, ``memory_parameters``.
-        license: identifier, or empty.
+        meta: Of the checkpoint: ``config``, ``tokens_seen``, ``final_losses``.
+        report: Of the export: ``step``, ``dtype``, ``parameters``, ``memory_parameters``, ``dropped``.
+        plan: What was written.
+        license: Identifier, or empty.
     """
     config = meta["config"]
     name = str(config.get("name") or "megamem model")
@@ -22,17 +25,19 @@ def model_card(meta: Mapping[str, Any], report: Mapping[str, Any], *, license: s
         *([f"license: {license}"] if license else ["license: other", "license_name: unspecified"]),
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        "tags: [megamem, custom_code]",
+        f"tags: [megamem{', custom_code' if plan.code else ''}]",
         "---",
     ]
     sections = [
         "\n".join(front),
         f"# {name}",
         "A decoder language model pretrained with megamem." + _memories(config),
-        _loading(config),
+        _loading(plan),
+        "\n".join(f"- {note}" for note in plan.notes),
         "## Model\n\n" + _table(_shape(config, report)),
         "## Training\n\n" + _table(_training(meta, report)),
         _sources(config),
+        _dropped(report["dropped"]),
         "## Limits\n\nA pretrained model without instruction or safety training: it continues text. It was trained on documents "
         "that do not see each other: give it one per sequence, or packed ones with `position_ids` that start again.",
     ]
@@ -49,22 +54,43 @@ def _memories(config: Mapping[str, Any]) -> str:
     return f" Part of its capacity is parametric memory: {' and '.join(parts)}." if parts else ""
 
 
-def _loading(config: Mapping[str, Any]) -> str:
-    bank = any(config["memory"]["bank"]["units"])
+def _loading(plan: ExportPlan) -> str:
+    remote = ", trust_remote_code=True" if plan.code else ""
+    bank = plan.code and any(plan.config.bank_units)
     route = 'inputs["memory_paths"] = model.route(inputs.input_ids)  # without it: the generic memory\n' if bank else ""
+    sentence = (
+        f"The modelling code is in this directory, hence `trust_remote_code=True`.{_placement(plan)}"
+        if plan.code
+        else f"A `{plan.model_type}` model of transformers: it needs no code of its own."
+    )
     return (
-        "## Use\n\n"
-        "The modelling code is in this directory, hence `trust_remote_code=True`.\n\n"
+        f"## Use\n\n{sentence}\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'path = "."  # this directory\n'
-        "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)\n"
-        "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(path{remote})\n"
+        f"model = AutoModelForCausalLM.from_pretrained(path{remote})\n"
         'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
         f"{route}"
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))\n"
         "```"
     )
+
+
+def _placement(plan: ExportPlan) -> str:
+    if not (plan.config.engram_layers or any(plan.config.bank_units)):
+        return ""
+    return (
+        ' With `table_placement="cpu"` or `"disk"` as an argument of `from_pretrained`, the memory tables stay in host '
+        "memory or in the weight files, whatever device the rest is on, and the rows that a prompt needs are read from there."
+    )
+
+
+def _dropped(dropped: Mapping[str, str]) -> str:
+    if not dropped:
+        return ""
+    lines = [f"- `{name}`: {reason}" for name, reason in sorted(dropped.items())]
+    return "## Left out\n\nTensors of the trained model that this form of it has no place for:\n\n" + "\n".join(lines)
 
 
 def _shape(config: Mapping[str, Any], report: Mapping[str, Any]) -> list[tuple[str, str]]:

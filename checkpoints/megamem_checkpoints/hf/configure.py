@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from megamem.config.base import build
 from megamem.memory.config import MemoryConfig
@@ -15,18 +16,28 @@ from megamem.models.config import ModelConfig
 from megamem_checkpoints.hf.remote_code.configuration_megamem import MegamemConfig
 
 
-def hf_config(meta: Mapping[str, Any], *, fold: np.ndarray | None = None, router_dimensions: int = 0) -> MegamemConfig:
+def hf_config(
+    meta: Mapping[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    fold: np.ndarray | None = None,
+    router_dimensions: int = 0,
+    **tables: Any,
+) -> MegamemConfig:
     """The configuration of the exported model.
 
-    ``meta`` is that of the checkpoint; ``fold [vocab_size]`` int64 is required where tokens are folded before hashing;
-    ``router_dimensions`` is the width of the prompt router's embeddings, 0 for no router.
+    Args:
+        meta: Of the checkpoint.
+        dtype: Of the exported parameters.
+        fold: ``[vocab_size]`` int64, required where tokens are folded before hashing.
+        router_dimensions: Width of the prompt router's embeddings, 0 for no router.
+        tables: Settings of :class:`MegamemConfig` on how tables are stored.
     """
     model = build(ModelConfig, meta["config"]["model"])
     memory = build(MemoryConfig, meta["config"]["memory"])
     engram, bank, moe = memory.engram, memory.bank, model.moe
     vocab_size, eos_id = model.vocab_size, int(meta["eos_id"])
     specs = hash_specs(engram, vocab_size if fold is None else folded_vocab_size(fold))
-    precision = meta["precision"]
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": model.hidden_size,
@@ -39,11 +50,13 @@ def hf_config(meta: Mapping[str, Any], *, fold: np.ndarray | None = None, router
         "max_position_embeddings": meta["config"]["data"]["seq_length"],
         "initializer_range": model.init_method_std,
         "rms_norm_eps": model.norm_epsilon,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+        "rope_parameters": rope_parameters(model),
+        "zero_centered_norms": model.layernorm_zero_centered_gamma,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "eos_token_id": eos_id,
         "pad_token_id": eos_id,
-        "dtype": "bfloat16" if precision == "bf16" else "float32",
+        "dtype": dtype,
+        **tables,
     }
     if moe.layers:
         settings |= {
@@ -80,3 +93,17 @@ def hf_config(meta: Mapping[str, Any], *, fold: np.ndarray | None = None, router
         auto_map={"AutoConfig": "configuration_megamem.MegamemConfig", "AutoModelForCausalLM": modelling},
         **settings,
     )
+
+
+def rope_parameters(model: ModelConfig) -> dict[str, Any]:
+    """RoPE as transformers describes it. megatron-core fixes the other numbers of the scaling to those of Llama 3.1."""
+    if model.rope_scaling_factor == 1:
+        return {"rope_type": "default", "rope_theta": model.rotary_base}
+    return {
+        "rope_type": "llama3",
+        "rope_theta": model.rotary_base,
+        "factor": model.rope_scaling_factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }

@@ -1,19 +1,20 @@
-"""Names and shapes of a checkpoint's tensors, and of the same tensors in the exported model.
+"""Names of a checkpoint's tensors and of the same tensors in a Hugging Face model, either way.
 
-One table of rules says what becomes of every canonical tensor. Norm scales are copied as they are: both sides use
-``1 + weight``.
+What becomes of a tensor says one table, :mod:`megamem_checkpoints.hf.mapping_rules`; here it is read in both directions.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from megamem.errors import ExportError
 from megamem.models.config import ModelConfig
+from megamem_checkpoints.hf.mapping_rules import Rule, rules_of
 
 Part = Callable[[Tensor], Tensor]
 """Cuts one exported tensor out of a canonical one; works on meta tensors too."""
@@ -30,99 +31,85 @@ class Weight:
     part: Part
 
 
-def map_names(sources: Iterable[str], model: ModelConfig) -> list[Weight]:
-    """The exported tensors of canonical ``sources``; ExportError for a tensor that no rule covers."""
-    rules = [(_pattern(source), targets) for source, targets in _rules(model).items()]
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """One canonical tensor and the tensors of a Hugging Face model that it is made of."""
+
+    name: str
+    parts: tuple[str, ...]
+    join: Callable[[Sequence[Tensor]], Tensor]
+
+
+def map_names(sources: Iterable[str], model: ModelConfig, family: str = "megamem") -> list[Weight]:
+    """The exported tensors of canonical ``sources``; ExportError for a tensor that no rule of ``family`` covers."""
+    rules = [(_pattern(rule.source), rule) for rule in rules_of(family, model)]
     weights = []
     for source in sources:
-        for pattern, targets in rules:
-            if match := pattern.fullmatch(source):
-                weights += [Weight(name.format(**match.groupdict()), source, part) for name, part in targets.items()]
-                break
-        else:
+        rule, numbers = _find(source, rules)
+        if rule is None:
             raise ExportError(
-                f"checkpoint tensor {source} has no place in the exported model; add a rule for it to "
-                "megamem_checkpoints/hf/mapping.py"
+                f"checkpoint tensor {source} has no place in a {family} model; choose another target, or add a rule for "
+                "it to megamem_checkpoints/hf/mapping_rules.py"
             )
+        weights += [
+            Weight(target.format(**numbers), source, partial(rule.form.part, index=index))
+            for index, target in enumerate(rule.targets)
+        ]
     return weights
 
 
-def check_complete(exported: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """ExportError unless the exported tensors are exactly those of the model, shape by shape."""
+def gather_names(names: Iterable[str], model: ModelConfig, family: str) -> list[Gathered]:
+    """The canonical tensors that the tensors ``names`` of a ``family`` model make up, in the order of their first parts.
+
+    ExportError for a name that no rule covers, and for a canonical tensor that lacks a part.
+    """
+    rules = [(_pattern(target), rule) for rule in rules_of(family, model) for target in rule.targets]
+    names = list(names)
+    gathered: dict[str, Gathered] = {}
+    for name in names:
+        rule, numbers = _find(name, rules)
+        if rule is None:
+            raise ExportError(
+                f"tensor {name} is none that a {family} model has by its config.json; name a checkpoint of a plain {family} model"
+            )
+        source = rule.source.format(**numbers)
+        parts = tuple(target.format(**numbers) for target in rule.targets)
+        gathered.setdefault(source, Gathered(source, parts, rule.form.join))
+    present = set(names)
+    for item in gathered.values():
+        for part in item.parts:
+            if part not in present:
+                raise ExportError(f"tensor {part} is missing; name a complete checkpoint")
+    return list(gathered.values())
+
+
+def check_complete(
+    exported: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], *, advice: str = _ADVICE
+) -> None:
+    """ExportError, ending in ``advice``, unless the tensors are exactly those of the model, shape by shape."""
     missing, unexpected = sorted(expected.keys() - exported.keys()), sorted(exported.keys() - expected.keys())
     if missing:
         raise ExportError(
-            f"the checkpoint gives no value for {missing[0]} ({len(missing)} tensors are missing); {_ADVICE}"
+            f"the checkpoint gives no value for {missing[0]} ({len(missing)} tensors are missing); {advice}"
         )
     if unexpected:
         raise ExportError(
             f"the checkpoint holds {unexpected[0]}, which its configuration does not describe ({len(unexpected)} tensors); "
-            f"{_ADVICE}"
+            f"{advice}"
         )
     for name, shape in expected.items():
         if exported[name] != shape:
             raise ExportError(
-                f"{name} has shape {list(exported[name])} in the checkpoint and {list(shape)} by its configuration; "
-                f"{_ADVICE}"
+                f"{name} has shape {list(exported[name])} in the checkpoint and {list(shape)} by its configuration; {advice}"
             )
 
 
-def _pattern(source: str) -> re.Pattern[str]:
-    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(source)))
+def _find(name: str, rules: Iterable[tuple[re.Pattern[str], Rule]]) -> tuple[Rule | None, dict[str, str]]:
+    for pattern, rule in rules:
+        if match := pattern.fullmatch(name):
+            return rule, match.groupdict()
+    return None, {}
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _rules(model: ModelConfig) -> dict[str, dict[str, Part]]:
-    ours, theirs = "decoder.layers.{layer}.", "model.layers.{layer}."
-
-    def vocabulary(tensor: Tensor) -> Tensor:
-        return tensor[: model.vocab_size]  # the rest pads the embedding to a multiple
-
-    def projection(first: int, last: int | None) -> Part:
-        """Rows of one projection; megatron stores, for each key/value head, its query heads, the key and the value."""
-        heads = model.num_attention_heads // model.num_query_groups + 2
-
-        def part(tensor: Tensor) -> Tensor:
-            grouped = tensor.view(model.num_query_groups, heads, model.head_dim, tensor.shape[1])
-            return grouped[:, first:last].reshape(-1, tensor.shape[1])
-
-        return part
-
-    rules: dict[str, dict[str, Part]] = {
-        "embedding.word_embeddings.weight": {"model.embed_tokens.weight": vocabulary},
-        "output_layer.weight": {"lm_head.weight": vocabulary},
-        "decoder.final_layernorm.weight": {"model.norm.weight": _whole},
-        f"{ours}self_attention.linear_qkv.weight": {
-            f"{theirs}self_attn.q_proj.weight": projection(0, -2),
-            f"{theirs}self_attn.k_proj.weight": projection(-2, -1),
-            f"{theirs}self_attn.v_proj.weight": projection(-1, None),
-        },
-    }
-    same_but_for_the_name = {
-        "input_layernorm.weight": "input_layernorm.weight",
-        "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-        "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-        "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-        "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-        "mlp.router.weight": "mlp.gate.weight",
-        "mlp.router.expert_bias": "mlp.gate.e_score_correction_bias",
-        **_swiglu("mlp."),
-        **_swiglu("mlp.experts.{expert}."),
-        **_swiglu("mlp.shared_experts."),
-        "engram.conv.weight": "engram.conv_weight",
-        **{
-            f"engram.{name}.weight": f"engram.{name}.weight"
-            for name in ("key_proj", "value_proj", "norm_key", "norm_query", "norm_conv")
-        },
-        "engram.table": "engram.table.weight",
-        "bank.level{level}.table": "bank.level{level}.weight",
-    }
-    return rules | {ours + source: {theirs + name: _whole} for source, name in same_but_for_the_name.items()}
-
-
-def _swiglu(module: str) -> dict[str, str]:
-    names = {"linear_fc1.gate": "gate_proj", "linear_fc1.up": "up_proj", "linear_fc2": "down_proj"}
-    return {f"{module}{source}.weight": f"{module}{name}.weight" for source, name in names.items()}
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(name)))

@@ -1,19 +1,21 @@
-"""A sentencepiece model as the files that ``AutoTokenizer`` opens, with the same ids.
+"""The tokenizer of a run as the files that ``AutoTokenizer`` opens, with the same ids.
 
-transformers builds a fast tokenizer from the model's pieces and merges, without the prefix space that some models put
-before a text, and turns text that looks like a special token into that token; both are put right here. What it cannot
-reproduce (Viterbi ties of unigram models, normalisation rules) shows in :func:`check_ids`.
+That of an imported model is copied as it came. For a sentencepiece model, transformers builds a fast tokenizer from its pieces
+and merges, without the prefix space that some models put before a text, and turns text that looks like a special token into
+that token; both are put right here. What it cannot reproduce (Viterbi ties of unigram models, normalisation rules) shows in
+:func:`check_ids`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megamem.errors import ExportError
+from megamem.files import TOKENIZER_FILES
 
 SAMPLE = (
     "",
@@ -31,16 +33,32 @@ SAMPLE = (
 """Texts on which tokenizers like to differ."""
 
 
+def find_tokenizer(config: Mapping[str, Any], data: Path | None = None) -> Path:
+    """The file that decides about a run's token ids: in its prepared data (``data``: where that is now), or, for a run without
+    data, what ``data.tokenizer.model`` names."""
+    path = str(data) if data is not None else config["data"]["path"]
+    if not path:
+        return Path(config["data"]["tokenizer"]["model"])
+    present = [Path(path) / name for name in TOKENIZER_FILES if (Path(path) / name).is_file()]
+    return present[0] if present else Path(path) / "tokenizer.model"
+
+
 def export_tokenizer(model: Path, folder: Path, *, max_length: int) -> Any:
-    """Write the tokenizer files of the sentencepiece ``model`` into ``folder``; returns the tokenizer read from there.
+    """Write the files of the tokenizer ``model`` into ``folder``; returns the tokenizer read from there.
 
     ``max_length`` is the length of the sequences that the language model was trained on. ExportError where ``model`` is
-    no sentencepiece model. Call it before ``folder`` has a configuration with remote code: transformers asks about it.
+    neither a ``tokenizer.json`` nor a sentencepiece model. Call it before ``folder`` has a configuration with remote code:
+    transformers asks about it.
     """
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
     from tokenizers import decoders, normalizers
     from transformers import AutoTokenizer
 
+    if model.suffix == ".json":
+        for name in TOKENIZER_FILES:
+            if model.with_name(name).is_file():
+                shutil.copyfile(model.with_name(name), folder / name)
+        return AutoTokenizer.from_pretrained(folder)
     try:
         content = model.read_bytes()
         processor = SentencePieceProcessor(model_proto=content)
@@ -68,14 +86,17 @@ def export_tokenizer(model: Path, folder: Path, *, max_length: int) -> Any:
 
 
 def check_ids(tokenizer: Any, model: Path, sample: Sequence[str]) -> int:
-    """Compare ids and decoded text with sentencepiece's on :data:`SAMPLE` and ``sample``.
+    """Compare ids on :data:`SAMPLE` and ``sample`` with those that the run was trained on, and for sentencepiece the decoded
+    text too.
 
     Returns the number of texts compared; ExportError on the first mismatch.
     """
+    texts = [*SAMPLE, *sample]
+    if model.suffix == ".json":
+        return _check_hugging_face_ids(tokenizer, model, texts)
     from sentencepiece import SentencePieceProcessor
 
     processor = SentencePieceProcessor(model_file=str(model))
-    texts = [*SAMPLE, *sample]
     for text in texts:
         ours = processor.encode(text)
         theirs = tokenizer.encode(text, verbose=False)
@@ -91,6 +112,22 @@ def check_ids(tokenizer: Any, model: Path, sample: Sequence[str]) -> int:
             f"Hugging Face's tokenizer of {model} has {len(tokenizer)} entries in place of {processor.vocab_size()}; "
             "set data.tokenizer.type to bpe and train again"
         )
+    return len(texts)
+
+
+def _check_hugging_face_ids(tokenizer: Any, model: Path, texts: Sequence[str]) -> int:
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(model))
+    backend.encode_special_tokens = True
+    for text in texts:
+        ours = backend.encode(text, add_special_tokens=False).ids
+        theirs = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        if ours != theirs:
+            raise ExportError(
+                f"AutoTokenizer does not give the ids of {model} for {text[:40]!r}; set tokenizer_class to "
+                "PreTrainedTokenizerFast in the tokenizer_config.json beside it"
+            )
     return len(texts)
 
 

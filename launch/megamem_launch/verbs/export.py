@@ -19,31 +19,43 @@ _SAMPLED_DOCUMENTS = 64
 class Arguments:
     """Turn a run into a directory that Hugging Face transformers opens, memories included.
 
-    The directory holds safetensors weights, the tokenizer, the modelling code and a model card. It appears only after
-    the checks have passed: checksums of the checkpoint, token ids against sentencepiece, offline reload in a new
-    process, cached against uncached inference. What was checked is in export.json.
+    The directory holds safetensors weights, the tokenizer, a model card and, for `--to megamem`, the modelling code. It
+    appears only after the checks have passed: checksums of the checkpoint, token ids against sentencepiece, offline
+    reload in a new process, cached against uncached inference. What was checked is in export.json.
 
     Examples:
       megamem export runs/quickstart runs/quickstart/huggingface
       megamem export runs/big/checkpoints/step_00001000 exports/big-1000 --dtype bf16 --license apache-2.0
+      megamem export runs/big exports/big-fp8 --table-files 8 --table-format fp8
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Directory of a run, whose latest checkpoint is taken, or one checkpoint."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Directory to write."""
+    to: str = "megamem"
+    """Kind of model: megamem keeps everything and carries its own modelling code; see docs/huggingface.md for the others."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the weights; auto is bf16 for a run with train.precision=bf16, else fp32."""
+    """Of the dense weights; auto is bf16 for a run with train.precision=bf16, else fp32."""
+    table_files: int | None = None
+    """Weight files for the memory tables alone, each with a range of rows of every table; by default a table is one tensor
+    among the others."""
+    table_format: Literal["fp32", "bf16", "fp8"] | None = None
+    """Of the rows of memory tables; by default what the run stores, bit for bit. fp8 is E4M3 with one power-of-two scale per 32
+    values."""
+    merge_path: str | None = None
+    """For models without memories (llama, qwen3, qwen3_moe, mixtral, native): read the bank along this path for every text, as
+    wider feed-forward layers: generic, or one cluster per level such as 3,17."""
     data: Path | None = None
     """Prepared data of the run, for its tokenizer and cluster tree, when it is no longer at data.path."""
     license: str = ""
     """Identifier for the model card, such as apache-2.0."""
     max_shard_size: str = "5GB"
-    """Upper bound of one weight file; one file at a time is held in memory."""
+    """Upper bound of one weight file; a larger tensor has a file of its own."""
     overwrite: bool = False
     """Replace an earlier export at OUT."""
     verify: bool = True
-    """On by default: check the checksums, and inference after reloading, which needs memory for the whole model."""
+    """On by default: check the checksums, and inference after reloading, which needs memory for all but the tables."""
 
 
 def main(argv: list[str]) -> int:
@@ -52,6 +64,7 @@ def main(argv: list[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
     from megamem_checkpoints.directory import find_checkpoint
     from megamem_checkpoints.hf.export import export_checkpoint
+    from megamem_checkpoints.hf.tokenizer import find_tokenizer
     from megamem_checkpoints.reader import CheckpointReader
 
     checkpoint = find_checkpoint(arguments.run)
@@ -60,11 +73,17 @@ def main(argv: list[str]) -> int:
     report = export_checkpoint(
         reader,
         arguments.out,
+        target=arguments.to,
+        options={
+            "table_files": arguments.table_files,
+            "table_format": arguments.table_format,
+            "merge_path": arguments.merge_path,
+        },
         origin=str(checkpoint),
         dtype=arguments.dtype,
-        tokenizer_model=data / "tokenizer.model",
+        tokenizer_model=find_tokenizer(reader.meta["config"], arguments.data),
         clusters=data / "clusters.safetensors",
-        sample=_documents(data, reader.meta["data"]["data"]),
+        sample=_documents(data, reader.meta["data"]["data"]) if "data" in reader.meta else (),
         license=arguments.license,
         max_shard_size=arguments.max_shard_size,
         overwrite=arguments.overwrite,

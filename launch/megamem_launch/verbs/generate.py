@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -41,6 +41,8 @@ class Arguments:
     """0 takes the likeliest token each time; higher values sample more freely."""
     seed: int = 0
     """Of sampling."""
+    tables: Literal["device", "cpu", "disk"] = "disk"
+    """Where memory tables are: on the accelerator, in host memory, or mapped from the weight files and read row by row."""
     generic: bool = False
     """Read the generic block of a memory bank in place of the prompt's own."""
 
@@ -67,7 +69,7 @@ def generate(arguments: Arguments) -> str:
     """The prompt and its continuation."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -75,7 +77,10 @@ def generate(arguments: Arguments) -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True).to(device).eval()
+        config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=True)
+        tables = {"table_placement": arguments.tables} if config.model_type == "megamem" else {}
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True, **tables)
+        model = model.to(device).eval()
     except (OSError, ValueError, SyntaxError) as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ExportError(f"{arguments.model} cannot be opened ({reason}); export the run again") from error
@@ -86,8 +91,8 @@ def generate(arguments: Arguments) -> str:
     if arguments.temperature:
         set_seed(arguments.seed)
         settings = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0}
-    if any(model.config.bank_units) and not arguments.generic:
-        if model.config.router_dimensions:
+    if any(getattr(config, "bank_units", ())) and not arguments.generic:
+        if config.router_dimensions:
             settings["memory_paths"] = model.route(inputs.input_ids)
         else:
             print(_NO_ROUTER, file=sys.stderr)

@@ -75,8 +75,8 @@ def _torchrun(config: RunConfig, arguments: list[str]) -> int:
 
     from megamem_launch.compose import check_start, open_data
 
-    open_data(config, verify=False)  # the ranks do, each its share
-    check_start(config)
+    data = open_data(config, verify=False)  # the ranks do, each its share
+    check_start(config, data)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.parallel.nproc)))
     launch = LaunchConfig(
         min_nodes=1,

@@ -13,7 +13,8 @@ from megamem.errors import DataError
 from megamem_data.clustering import ClusterTree, balanced_kmeans
 from megamem_data.config import TokenizerConfig
 from megamem_data.embedding import SentenceEmbedder, TokenEmbedder
-from megamem_data.tokenizer import Tokenizer, train_tokenizer
+from megamem_data.tokenizer import SentencePieceTokenizer
+from megamem_data.tokenizer_training import train_tokenizer
 
 VOCAB, EOS = 300, 1
 
@@ -36,7 +37,7 @@ def fit(documents: int, branching: int, levels: int, dimensions: int = 8) -> tup
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
+def tokenizer() -> SentencePieceTokenizer:
     text = "\n".join(f"{a} and {b} make {a + b} in all" for a in range(30) for b in range(30))
     return train_tokenizer([text], TokenizerConfig(vocab_size=285), seed=0)
 
@@ -109,7 +110,7 @@ def test_identical_documents_do_no_harm() -> None:
     np.testing.assert_allclose(centroids, points[:4])
 
 
-def test_tree_survives_its_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_tree_survives_its_file(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     tree, paths = fit(90, branching=3, levels=2)
     path = tmp_path / "clusters.safetensors"
     tree.save(path, tokenizer)
@@ -131,7 +132,7 @@ def test_tree_survives_its_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
         ClusterTree.load(path, other)
 
 
-def test_sentence_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_sentence_encoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(DataError, match="needs the package sentence-transformers"):
         SentenceEmbedder("mini", tokenizer)

@@ -16,8 +16,10 @@ import sentencepiece
 
 from megamem.errors import DataError
 from megamem_data.config import SourceConfig, TokenizerConfig
+from megamem_data.encoding import encode_documents
 from megamem_data.sources import SourceCounts, read_documents
-from megamem_data.tokenizer import Tokenizer, encode_documents, sample_lines, train_tokenizer
+from megamem_data.tokenizer import SentencePieceTokenizer
+from megamem_data.tokenizer_training import sample_lines, train_tokenizer
 
 AWKWARD = [
     "",
@@ -40,18 +42,18 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(texts: list[str]) -> Tokenizer:
+def tokenizer(texts: list[str]) -> SentencePieceTokenizer:
     return train_tokenizer(texts, TokenizerConfig(vocab_size=1024, train_lines=5000), seed=1)
 
 
 def test_ids_are_those_of_sentencepiece_and_of_hugging_face(
-    tokenizer: Tokenizer, texts: list[str], tmp_path: Path
+    tokenizer: SentencePieceTokenizer, texts: list[str], tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
 
-    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.files["tokenizer.model"])
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.files["tokenizer.model"])
     for text in [*texts[:10], *AWKWARD]:
         ids = tokenizer.encode(text)
         assert ids == reference.encode(text)
@@ -90,7 +92,7 @@ def test_a_model_with_a_prefix_space_encodes_whole_texts() -> None:
         remove_extra_whitespaces=False,
         minloglevel=2,
     )
-    tokenizer = Tokenizer(model.getvalue())
+    tokenizer = SentencePieceTokenizer(model.getvalue())
     reference = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     text = "two lines\nof text"
     assert tokenizer.encode(text) == reference.encode(text)
@@ -100,7 +102,7 @@ def test_a_model_with_a_prefix_space_encodes_whole_texts() -> None:
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_any_text_gets_the_ids_of_sentencepiece(kind: Literal["bpe", "unigram"], texts: list[str]) -> None:
     tokenizer = train_tokenizer(texts[:10], TokenizerConfig(type=kind, vocab_size=700), seed=1)
-    reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.files["tokenizer.model"])
     parts = [" ", "  ", "\n", "\r", "\t", "\x0b", "\x85", "\x00", "\u2028", "\u2581", "a", "def ", "é", "日", "</s>"]
     rng = np.random.default_rng(0)
     for _ in range(1000):
@@ -109,7 +111,9 @@ def test_any_text_gets_the_ids_of_sentencepiece(kind: Literal["bpe", "unigram"],
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_documents_are_encoded_in_order_and_closed(tokenizer: Tokenizer, texts: list[str], workers: int) -> None:
+def test_documents_are_encoded_in_order_and_closed(
+    tokenizer: SentencePieceTokenizer, texts: list[str], workers: int
+) -> None:
     many = texts * 3  # enough for several batches
     blocks = list(encode_documents(iter(many), tokenizer, dtype=np.uint16, workers=workers))
     assert len(blocks) > 1
@@ -120,8 +124,8 @@ def test_documents_are_encoded_in_order_and_closed(tokenizer: Tokenizer, texts: 
         assert ids.tolist() == [*tokenizer.encode(text), tokenizer.eos_id]
 
 
-def test_workers_end_when_their_parent_is_killed(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
+def test_workers_end_when_their_parent_is_killed(tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.files["tokenizer.model"])
     script = tmp_path / "endless.py"
     script.write_text(ENDLESS)
     parent = subprocess.Popen([sys.executable, script, tmp_path], stdout=subprocess.PIPE, text=True)
@@ -146,9 +150,10 @@ def is_running(pid: int) -> bool:
 ENDLESS = """
 import itertools, multiprocessing, pathlib, sys
 import numpy as np
-from megamem_data.tokenizer import Tokenizer, encode_documents
+from megamem_data.encoding import encode_documents
+from megamem_data.tokenizer import SentencePieceTokenizer
 if __name__ == "__main__":
-    tokenizer = Tokenizer((pathlib.Path(sys.argv[1]) / "tokenizer.model").read_bytes())
+    tokenizer = SentencePieceTokenizer((pathlib.Path(sys.argv[1]) / "tokenizer.model").read_bytes())
     for _ in encode_documents(itertools.repeat("some words " * 100_000), tokenizer, dtype=np.uint16, workers=2):
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 """
@@ -171,4 +176,4 @@ def test_sizes_that_do_not_fit_name_the_number_to_set(documents: list[str], voca
 @pytest.mark.parametrize("content", [b"", b"not a model"])
 def test_something_else_than_a_model_is_refused(content: bytes) -> None:
     with pytest.raises(DataError, match=r"some\.model .*set data\.tokenizer\.model"):
-        Tokenizer(content, "some.model")
+        SentencePieceTokenizer(content, "some.model")

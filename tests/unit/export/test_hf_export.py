@@ -7,9 +7,11 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,15 @@ from megamem.memory.config import BankConfig, EngramConfig, MemoryConfig
 from megamem.memory.folding import fold_from_sentencepiece
 from megamem.models.config import ModelConfig, MoEConfig
 from megamem_checkpoints.hf.configure import hf_config
-from megamem_checkpoints.hf.export import export_checkpoint
+from megamem_checkpoints.hf.export import check_plan, export_checkpoint
 from megamem_checkpoints.hf.mapping import check_complete, map_names
 from megamem_checkpoints.hf.remote_code.modeling_megamem import MegamemForCausalLM
+from megamem_checkpoints.hf.source import Source
+from megamem_checkpoints.hf.targets import plan_export
 from megamem_checkpoints.hf.verify import check_files
+from megamem_kernels.formats import FormatName, row_fields
+from megamem_kernels.rounding import quantize_rows
+from megamem_kernels.row_gather import dequantize_rows
 from megamem_launch.verbs import export as export_verb
 from megamem_launch.verbs import generate as generate_verb
 
@@ -60,8 +67,12 @@ def tokenizer_model() -> bytes:
 class StandIn:
     """A checkpoint in memory: canonical tensors made from a Hugging Face model of random weights."""
 
-    def __init__(self, folder: Path, *, tied: bool = True, sigmoid: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, tied: bool = True, sigmoid: bool = False, formats: dict[str, FormatName] | None = None
+    ) -> None:
+        """``formats``: how the tables of ``engram`` and ``bank`` are stored where that is not fp32."""
         folder.mkdir()
+        self.formats = formats or {}
         (folder / "tokenizer.model").write_bytes(tokenizer_model())
         generator = torch.Generator().manual_seed(5)
         clusters = {"idf": torch.rand(VOCAB, generator=generator), "components": torch.randn(4, VOCAB)}
@@ -127,8 +138,14 @@ class StandIn:
     def tables(self) -> dict[str, tuple[int, int]]:
         return {name: tuple(table.shape) for name, table in self.memory_tables.items()}
 
-    def rows(self, table: str, start: int, stop: int) -> torch.Tensor:
-        return self.memory_tables[table][start:stop]
+    def format(self, table: str) -> FormatName:
+        return self.formats.get(table.split(".")[3], "fp32")
+
+    def stored_rows(self, table: str, start: int, stop: int) -> dict[str, torch.Tensor]:
+        rows = self.memory_tables[table][start:stop]
+        fields = {field.name: field.allocate(len(rows)) for field in row_fields(self.format(table), rows.shape[1])}
+        quantize_rows(rows.contiguous(), fields)
+        return fields
 
     def verify(self) -> None:
         self.verified = True
@@ -165,7 +182,8 @@ def canonical(model: MegamemForCausalLM) -> tuple[dict[str, torch.Tensor], dict[
             stem = name.removeprefix(here).removesuffix(".weight")
             if not name.startswith(here) or stem.endswith(("q_proj", "k_proj", "v_proj")):
                 continue
-            if stem.startswith("bank.") or stem == "engram.table":
+            if stem.endswith(".shard_0"):
+                stem = stem.removesuffix(".shard_0")
                 tables[f"{there}{stem}" + (".table" if "bank" in stem else "")] = tensor
             elif stem == "mlp.gate.e_score_correction_bias":
                 dense[f"{there}mlp.router.expert_bias"] = tensor
@@ -196,7 +214,11 @@ ids = load_file(sys.argv[2])["ids"]
 with torch.no_grad():
     routed = model.route(ids)
     save_file({"logits": model(ids, memory_paths=routed).logits, "routed": routed}, sys.argv[3])
-main([sys.argv[1], "def f(x):", "--max-new-tokens", "5"])
+model.save_pretrained(sys.argv[4])  # with the code
+again = AutoModelForCausalLM.from_pretrained(sys.argv[4], trust_remote_code=True, table_placement="disk")
+with torch.no_grad():
+    assert torch.equal(again(ids).logits, model(ids).logits)
+main([sys.argv[1], "def f(x):", "--max-new-tokens", "5", "--tables", "device"])
 main([sys.argv[1], "def f(x):", "--max-new-tokens", "5", "--temperature", "1.0", "--seed", "1", "--generic"])
 """
 
@@ -218,7 +240,7 @@ def test_reloaded_export_has_the_logits_of_the_source(tmp_path: Path) -> None:
 
     save_file({"ids": sample_ids()}, tmp_path / "ids")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", RELOAD, str(out), str(tmp_path / "ids"), str(tmp_path / "logits")]
+    command = [sys.executable, "-c", RELOAD, str(out), *(str(tmp_path / name) for name in ("ids", "logits", "saved"))]
     texts = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert texts.count("def f(x):") == 2 and len(texts) > 2 * len("def f(x):\n")
     found = load_file(tmp_path / "logits")
@@ -234,7 +256,8 @@ def test_untied_output_and_selection_biases_survive(tmp_path: Path) -> None:
     source, out = StandIn(tmp_path / "data", tied=False, sigmoid=True), tmp_path / "out"
     report = export_checkpoint(source, out, verify=False)
     assert not source.verified and (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
-    assert report["parameters"] == sum(parameter.numel() for parameter in source.model.parameters())
+    biases = 3  # buffers, but learned
+    assert report["parameters"] == biases + sum(parameter.numel() for parameter in source.model.parameters())
     model = MegamemForCausalLM.from_pretrained(out)
     torch.testing.assert_close(model(sample_ids()).logits, source.model(sample_ids()).logits, rtol=1e-5, atol=1e-5)
 
@@ -251,6 +274,105 @@ def test_bf16_keeps_choices_in_fp32_and_the_card_tells_what_it_is(tmp_path: Path
     card = (out / "README.md").read_text(encoding="utf-8")
     for text in ("license: apache-2.0", "# stand-in", "3,584", "5.2500", "7 of 9", "model.route", "python_stdlib"):
         assert text in card
+
+
+@pytest.mark.parametrize("files", [None, 3])
+@torch.no_grad()
+def test_tables_keep_the_bits_of_the_run_in_any_number_of_files(files: int | None, tmp_path: Path) -> None:
+    source, out = StandIn(tmp_path / "data", formats={"engram": "fp8", "bank": "bf16"}), tmp_path / "out"
+    report = export_checkpoint(source, out, options={"table_files": files}, verify=False)
+    index = out / "model.safetensors.index.json"
+    assert index.exists() == (files is not None)
+    if files:
+        holders: dict[str, set[str]] = {}
+        for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            holders.setdefault(file, set()).add(name)
+        tables = [names for names in holders.values() if any(".shard_" in name for name in names)]
+        assert len(tables) == files and len(holders) == files + 1
+        for number, names in enumerate(tables):
+            assert all(f".shard_{number}." in name for name in names)
+    tensors = {k: v for path in out.glob("*.safetensors") for k, v in load_file(path).items()}
+    for table, (rows, _) in source.tables().items():
+        stored = source.stored_rows(table, 0, rows)
+        stem = table.replace("decoder.", "model.") if "engram" in table else table.replace("decoder.", "model.")[:-6]
+        for field, name in (("rows", "weight"), ("scales", "scale")):
+            if field in stored:
+                parts = [tensors[f"{stem}.shard_{i}.{name}"] for i in range(files or 1)]
+                assert parts[0].dtype == stored[field].dtype
+                assert torch.equal(torch.cat([p.view(torch.uint8) for p in parts]), stored[field].view(torch.uint8))
+    values = sum(rows * width for rows, width in source.tables().values())
+    assert report["memory_parameters"] == values
+    model = MegamemForCausalLM.from_pretrained(out, table_placement="disk")
+    assert model.config.engram_table_dtype == "float8_e4m3fn" and model.config.bank_table_dtype == "bfloat16"
+    whole = MegamemForCausalLM.from_pretrained(out)
+    assert torch.equal(model(sample_ids()).logits, whole(sample_ids()).logits)
+
+
+def test_tables_take_the_format_that_is_asked_for(tmp_path: Path) -> None:
+    source = StandIn(tmp_path / "data", formats={"engram": "fp8"})
+    exact = {name: source.stored_rows(name, 0, rows) for name, (rows, _) in source.tables().items()}
+    for asked, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp8", torch.float8_e4m3fn)):
+        out = tmp_path / asked
+        export_checkpoint(source, out, options={"table_format": asked}, verify=False)
+        tensors = load_file(out / "model.safetensors")
+        found = {name: tensor for name, tensor in tensors.items() if name.endswith(".shard_0.weight")}
+        assert len(found) == 5 and {tensor.dtype for tensor in found.values()} == {dtype}
+        if asked == "fp32":  # holds every fp8 value
+            rows = exact["decoder.layers.1.engram.table"]
+            values = dequantize_rows(rows, torch.empty(len(rows["rows"]), 3))
+            assert torch.equal(found["model.layers.1.engram.table.shard_0.weight"], values)
+        name = "decoder.layers.0.bank.level1.table"
+        close = {"fp32": 0.0, "bf16": 2**-8, "fp8": 2**-4}[asked]
+        model = MegamemForCausalLM.from_pretrained(out)
+        rows = torch.arange(4)
+        values = model.model.layers[0].bank.level1(rows, like=torch.empty(0))
+        torch.testing.assert_close(values, source.memory_tables[name], rtol=close, atol=close / 16)
+
+
+@pytest.mark.parametrize("asked", ["auto", "fp8"])
+def test_a_large_table_is_never_held_as_a_whole(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megamem_checkpoints.hf.source.PIECE_BYTES", 1000)
+    source = StandIn(tmp_path / "data", formats={"bank": "fp8"})
+    opened = Source.open(
+        source, tokenizer=tmp_path / "data" / "tokenizer.model", clusters=tmp_path / "data" / "clusters.safetensors"
+    )
+    asked_rows: list[tuple[str, int, int]] = []
+
+    def stored_rows(table: str, start: int, stop: int) -> dict[str, torch.Tensor]:
+        asked_rows.append((table, start, stop))
+        return StandIn.stored_rows(source, table, start, stop)
+
+    monkeypatch.setattr(source, "stored_rows", stored_rows)
+    plan = plan_export("megamem", opened, {"table_files": 2, "table_format": asked})
+    assert not asked_rows
+    for tensor in plan.tensors:
+        assert sum(len(piece) for piece in tensor.pieces()) == tensor.shape[0]
+    widths = {name: width for name, (_, width) in source.tables().items()}
+    assert {name for name, _, _ in asked_rows} == widths.keys()
+    assert all(stop - start == 1 or (stop - start) * 4 * widths[name] <= 1000 for name, start, stop in asked_rows)
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    source, out = StandIn(tmp_path / "data"), tmp_path / "out"
+    with pytest.raises(ExportError, match="no export to gguf; choose one of megamem, "):
+        export_checkpoint(source, out, target="gguf")
+    with pytest.raises(ExportError, match="an export to megamem has no merge_path; leave --merge-path out"):
+        export_checkpoint(source, out, options={"merge_path": "generic", "table_files": None})
+    with pytest.raises(ExportError, match="table_files is 0; set at least 1"):
+        export_checkpoint(source, out, options={"table_files": 0})
+    opened = Source.open(
+        source, tokenizer=tmp_path / "data" / "tokenizer.model", clusters=tmp_path / "data" / "clusters.safetensors"
+    )
+    plan = plan_export("megamem", opened, {})
+    check_plan(plan, opened)
+    name = "decoder.layers.2.bank.level1.table"
+    kept = [tensor for tensor in plan.tensors if name not in tensor.sources]
+    expected = {tensor.name: tensor.shape for tensor in kept}
+    partial = replace(plan, tensors=kept, expected=expected)
+    with pytest.raises(ExportError, match=rf"{re.escape(name)} of the checkpoint has no place in a megamem model"):
+        check_plan(partial, opened)
+    check_plan(replace(partial, dropped={name: "for this test"}), opened)
+    assert not out.exists()
 
 
 def test_an_existing_directory_is_safe(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ MOE = {
 BANK = {"bank_layers": [0, 2], "bank_units": [3, 0, 2], "bank_branching": 4}
 VARIANTS = {
     "dense": {},
+    "plain_norms": {"zero_centered_norms": False},
     "untied": {"tie_word_embeddings": False, "qk_layernorm": False},
     "moe_softmax": MOE,
     "moe_top1": MOE | {"num_experts_per_tok": 1, "shared_expert_intermediate_size": 0},
@@ -188,7 +189,7 @@ def test_convolution_and_gate_follow_the_paper() -> None:
     def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x / (x.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt() * (1 + weight)
 
-    memory = engram.table.weight[rows].flatten(2)
+    memory = engram.table.shard_0.weight[rows].flatten(2)
     key = norm(memory @ engram.key_proj.weight.T, engram.norm_key.weight)
     score = (norm(hidden, engram.norm_query.weight) * key).sum(-1) / 32**0.5
     gate = torch.sigmoid(score.sign() * score.abs().clamp_min(1e-6).sqrt())
@@ -265,7 +266,7 @@ def test_bank_reads_the_blocks_of_each_path() -> None:
     expected = torch.zeros_like(x)
     for row, (first, third) in enumerate([(1, 22), (3, 64)]):
         for table, units, block in ((bank.level1, 3, first), (bank.level3, 2, third)):
-            m1, m2, m3 = table.weight[block].view(3, units, 32)
+            m1, m2, m3 = table.shard_0.weight[block].view(3, units, 32)
             expected[row] += (torch.nn.functional.silu(x[row] @ m1.T) * (x[row] @ m2.T)) @ m3
     torch.testing.assert_close(bank(x, chosen), expected, rtol=1e-5, atol=1e-5)
     generic = torch.full_like(chosen, -1)

@@ -14,6 +14,7 @@ from megamem_launch.validate import validate
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
+VPP2 = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
 
 
 def smallest_world(config) -> int:
@@ -103,6 +104,9 @@ def test_missing_file(tmp_path: Path) -> None:
         ),
         (["parallel.tensor_model_parallel_size=2"], 2, "needs parallel.sequence_parallel; set it to true"),
         (["parallel.pipeline_model_parallel_size=3"], 3, "num_layers=4 is not a multiple"),
+        ([*VPP2, "train.global_batch_size=3"], 2, "makes 3 micro-batches .* set it to a multiple of 2"),
+        ([*VPP2, "model.num_layers=6"], 2, "stage 0 has 3 of .*virtual_pipeline_model_parallel_size=2"),
+        (["parallel.expert_tensor_parallel_size=2", "model.moe.layers=[]"], 2, "expert_tensor_parallel_size=2, but"),
         (["parallel.expert_model_parallel_size=2"], 1, "expert_model_parallel_size=2 does not divide"),
         (["parallel.expert_model_parallel_size=2", "model.moe.layers=[]"], 2, "model.moe.layers names no layer"),
         (["model.moe.num_experts=3", "parallel.expert_model_parallel_size=2"], 2, "model.moe.num_experts=3"),

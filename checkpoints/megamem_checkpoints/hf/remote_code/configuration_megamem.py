@@ -30,6 +30,13 @@ class MegamemConfig(PreTrainedConfig):
         bank_units (`list[int]`): hidden units of one block at each level, root first; 0 skips a level.
         bank_branching (`int`): level `l` (from 1) has `bank_branching ** l` blocks and one generic block, the last.
         router_dimensions (`int`): width of the embeddings that route a prompt to blocks; 0 when no router is stored.
+        zero_centered_norms (`bool`): norms scale by `1 + weight` in place of `weight`; those of memories always do.
+        table_placement (`str`): where memory tables are. `device`: with the rest of the model, as parameters (buffers in
+            fp8, which torch cannot train). `cpu` and `disk`: in host memory, or mapped from the weight files and read row
+            by row; these stay behind whatever device the rest is on, are no parameters, and are read only.
+        table_shards (`int`): ranges of rows that each table is cut into, if it has as many rows.
+        engram_table_dtype, bank_table_dtype (`str`): `float32`, `bfloat16` or `float8_e4m3fn` (with one power-of-two
+            scale per 32 values) of stored rows, whatever the dtype of the rest.
     """
 
     model_type = "megamem"
@@ -43,6 +50,7 @@ class MegamemConfig(PreTrainedConfig):
     num_key_value_heads: int = 2
     head_dim: int = 16
     qk_layernorm: bool = True
+    zero_centered_norms: bool = True
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
@@ -75,6 +83,11 @@ class MegamemConfig(PreTrainedConfig):
     bank_units: list[int] | None = None
     bank_branching: int = 16
     router_dimensions: int = 0
+
+    table_placement: Literal["device", "cpu", "disk"] = "device"
+    table_shards: int = 1
+    engram_table_dtype: Literal["float32", "bfloat16", "float8_e4m3fn"] = "float32"
+    bank_table_dtype: Literal["float32", "bfloat16", "float8_e4m3fn"] = "float32"
 
     layer_types: list[str] | None = None
     number_of_conv_states: int = 1

@@ -23,18 +23,22 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_megamem import MegamemConfig
+from .table_megamem import MegamemTable, MegamemTableShard, attach_tables, checkpoint_reader
 
 
 class MegamemRMSNorm(nn.Module):
-    """RMSNorm (arXiv 1910.07467) whose scale is ``1 + weight``; computed in fp32."""
+    """RMSNorm (arXiv 1910.07467) whose scale is ``1 + weight`` or, not zero-centred, ``weight``; computed in fp32."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, zero_centered: bool = True):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(size))
+        self.weight = nn.Parameter(torch.zeros(size) if zero_centered else torch.ones(size))
         self.eps = eps
+        self.zero_centered = zero_centered
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps).to(x.dtype)
+        weight = self.weight.float()
+        scale = 1.0 + weight if self.zero_centered else weight
+        return F.rms_norm(x.float(), weight.shape, scale, self.eps).to(x.dtype)
 
 
 class MegamemRotaryEmbedding(nn.Module):
@@ -110,9 +114,9 @@ class MegamemAttention(nn.Module):
         self.k_proj = nn.Linear(size, keys, bias=False)
         self.v_proj = nn.Linear(size, keys, bias=False)
         self.o_proj = nn.Linear(queries, size, bias=False)
-        norm = config.qk_layernorm
-        self.q_norm = MegamemRMSNorm(self.head_dim, config.rms_norm_eps) if norm else nn.Identity()
-        self.k_norm = MegamemRMSNorm(self.head_dim, config.rms_norm_eps) if norm else nn.Identity()
+        norm = (self.head_dim, config.rms_norm_eps, config.zero_centered_norms)
+        self.q_norm = MegamemRMSNorm(*norm) if config.qk_layernorm else nn.Identity()
+        self.k_norm = MegamemRMSNorm(*norm) if config.qk_layernorm else nn.Identity()
 
     def forward(
         self,
@@ -251,7 +255,8 @@ class MegamemEngram(nn.Module):
         self.history = max(self.tail, self.dilation - 1)
         size, eps = config.hidden_size, config.rms_norm_eps
         self.hash = MegamemNgramHash(config, layer_idx)
-        self.table = nn.Embedding(sum(self.hash.constants["primes"]), config.engram_width)
+        rows = sum(self.hash.constants["primes"])
+        self.table = MegamemTable(config, rows, config.engram_width, config.engram_table_dtype)
         width = len(config.engram_orders) * config.engram_heads * config.engram_width
         self.key_proj = nn.Linear(width, size, bias=False)
         self.value_proj = nn.Linear(width, size, bias=False)
@@ -275,7 +280,7 @@ class MegamemEngram(nn.Module):
         documents = ends.cumsum(dim=1) - ends.long()
 
         rows = self.hash((tokens - 1).clamp_min(0), documents, fold, new)
-        memory = self.table(rows.to(self.table.weight.device)).flatten(2).to(hidden_states)
+        memory = self.table(rows, like=hidden_states).flatten(2)
         key, query = self.norm_key(self.key_proj(memory).float()), self.norm_query(hidden_states.float())
         score = (query * key).sum(dim=-1, keepdim=True) * query.shape[-1] ** -0.5
         if self.sqrt_gate:
@@ -311,7 +316,8 @@ class MegamemBank(nn.Module):
         self.levels = [(level, units) for level, units in enumerate(config.bank_units, start=1) if units]
         self.branching = config.bank_branching
         for level, units in self.levels:
-            self.add_module(f"level{level}", nn.Embedding(self.branching**level + 1, 3 * units * config.hidden_size))
+            rows, width = self.branching**level + 1, 3 * units * config.hidden_size
+            self.add_module(f"level{level}", MegamemTable(config, rows, width, config.bank_table_dtype))
 
     def forward(self, x: torch.Tensor, memory_paths: torch.Tensor | None) -> torch.Tensor:
         """``x [b, s, h]``, ``memory_paths [b, levels]`` with -1 for the generic block; None: generic at all levels."""
@@ -319,11 +325,11 @@ class MegamemBank(nn.Module):
         for level, units in self.levels:
             table, generic = self.get_submodule(f"level{level}"), self.branching**level
             if memory_paths is None:
-                rows = torch.full((x.shape[0],), generic, device=table.weight.device)
+                rows = torch.full((x.shape[0],), generic, device=x.device)
             else:
-                rows = memory_paths[:, level - 1].to(table.weight.device)
+                rows = memory_paths[:, level - 1]
                 rows = torch.where(rows < 0, generic, rows)
-            blocks.append(table(rows).view(x.shape[0], 3, units, x.shape[-1]).to(x))
+            blocks.append(table(rows, like=x).view(x.shape[0], 3, units, x.shape[-1]))
         first, second, output = torch.cat(blocks, dim=2).unbind(dim=1)
         return (F.silu(x @ first.mT) * (x @ second.mT)) @ output
 
@@ -362,11 +368,12 @@ class MegamemDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MegamemConfig, layer_idx: int):
         super().__init__()
-        size, eps = config.hidden_size, config.rms_norm_eps
+        size = config.hidden_size
+        norm = (size, config.rms_norm_eps, config.zero_centered_norms)
         self.engram = MegamemEngram(config, layer_idx) if layer_idx in config.engram_layers else None
-        self.input_layernorm = MegamemRMSNorm(size, eps)
+        self.input_layernorm = MegamemRMSNorm(*norm)
         self.self_attn = MegamemAttention(config, layer_idx)
-        self.post_attention_layernorm = MegamemRMSNorm(size, eps)
+        self.post_attention_layernorm = MegamemRMSNorm(*norm)
         moe = layer_idx in config.moe_layers
         self.mlp = MegamemMoE(config) if moe else MegamemMLP(size, config.intermediate_size)
         self.bank = MegamemBank(config) if layer_idx in config.bank_layers else None
@@ -410,11 +417,27 @@ class MegamemPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["e_score_correction_bias", "memory_router"]
     _can_record_outputs = {"hidden_states": MegamemDecoderLayer, "attentions": MegamemAttention}
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; `table_placement="cpu"` or `"disk"` keeps memory tables there whatever the device map."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.table_placement != "device":
+            given = kwargs.get("state_dict")
+            read = given.__getitem__ if given else checkpoint_reader(pretrained_model_name_or_path, kwargs)
+            attach_tables(model, read)
+        return loaded
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, MegamemRMSNorm):
-            init.zeros_(module.weight)
+            init.constant_(module.weight, 0.0 if module.zero_centered else 1.0)
+        elif isinstance(module, MegamemTableShard) and module.placement == "device":
+            if "scale" in module.shapes:
+                init.zeros_(module.scale)
+            else:
+                init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, MegamemTopKRouter):
             init.normal_(module.weight, std=self.config.initializer_range)
             if module.sigmoid:
@@ -438,10 +461,12 @@ class MegamemModel(MegamemPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MegamemDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = MegamemRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = MegamemRMSNorm(config.hidden_size, config.rms_norm_eps, config.zero_centered_norms)
         self.rotary_emb = MegamemRotaryEmbedding(config)
         self.register_buffer("token_fold", torch.arange(config.vocab_size) if config.engram_fold_tokens else None)
         self.gradient_checkpointing = False
+        if config.table_placement != "device":  # from_pretrained reads these itself
+            self._keys_to_ignore_on_load_unexpected = [r"\.shard_\d+\.(weight|scale)$"]
         self.post_init()
 
     @merge_with_config_defaults

@@ -1,0 +1,156 @@
+"""Evaluation of an exported model: perplexity of texts, and tasks of the lm-evaluation-harness. Needs no network."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from megamem.errors import ConfigError, ExportError
+
+Document = Sequence[int] | np.ndarray
+"""Token ids ``[n]`` of a document."""
+
+_PACKAGE = "lm_eval"
+
+
+def open_model(folder: Path, *, device: str, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer of an export of any kind, ready for inference.
+
+    Raises:
+        ExportError: transformers cannot open the directory.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    types = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=types[dtype])
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ExportError(f"{folder} cannot be opened ({reason}); export the run again") from error
+    return model.to(device).eval(), tokenizer
+
+
+def routes(model: Any) -> bool:
+    """Whether the model has a memory bank and can find the blocks of a text itself."""
+    return bool(getattr(model.config, "router_dimensions", 0))
+
+
+@torch.no_grad()
+def perplexity(model: Any, documents: Iterable[Document], *, window: int, routed: bool) -> dict[str, float]:
+    """Perplexity over documents, each by itself.
+
+    Args:
+        model: A causal language model of transformers.
+        documents: Token ids of each, its end-of-document id included; those of one token say nothing and are passed over.
+        window: Longest input. A longer document is cut into windows that share one token, so that every token but the first
+            of a document is predicted once.
+        routed: Give a model with a bank the blocks of each document, found from its whole text as in training; otherwise the
+            generic block.
+
+    Returns:
+        ``loss`` (nats per token), ``perplexity``, ``tokens`` (predicted ones) and ``documents``.
+    """
+    total, tokens, count = 0.0, 0, 0
+    for document in documents:
+        ids = torch.as_tensor(document, dtype=torch.int64, device=model.device)[None]
+        if ids.shape[1] < 2:
+            continue
+        memory = {"memory_paths": model.route(ids)} if routed else {}
+        for start in range(0, ids.shape[1] - 1, window):
+            piece = ids[:, start : start + window + 1]
+            logits = model(piece[:, :-1], use_cache=False, **memory).logits
+            total += float(F.cross_entropy(logits[0].float(), piece[0, 1:], reduction="sum"))
+            tokens += piece.shape[1] - 1
+        count += 1
+    if not tokens:
+        raise ConfigError("there is no text to evaluate: every document is empty; name files with text")
+    loss = total / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "tokens": float(tokens),
+        "documents": float(count),
+    }
+
+
+def require_harness() -> None:
+    """ConfigError where the lm-evaluation-harness is not installed."""
+    if importlib.util.find_spec(_PACKAGE) is None:
+        raise ConfigError("--tasks needs the lm-evaluation-harness; install it with `pip install 'megamem[eval]'`")
+
+
+def harness(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    include: Path | None,
+    batch_size: int,
+    few_shot: int | None,
+    limit: int | None,
+    routed: bool,
+) -> dict[str, dict[str, float]]:
+    """Metrics by task, as the lm-evaluation-harness computes them.
+
+    Args:
+        model: As :func:`open_model` gives it.
+        tokenizer: Likewise.
+        tasks: Names of tasks, built-in or found below ``include``.
+        include: Directory of task files (YAML); their data may be local too.
+        batch_size: Sequences per forward pass.
+        few_shot: Examples before each question; None for the task's own number.
+        limit: Questions per task; None for all.
+        routed: As for :func:`perplexity`; a question reads the blocks of its context.
+
+    Raises:
+        ConfigError: a task does not exist or cannot be loaded.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from megamem_launch.harness_model import RoutedModel
+
+    folder = None if include is None else str(include)
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if any(task not in manager.all_tasks for task in tasks):  # the thousands of built-in ones take seconds to list
+        manager = TaskManager(include_path=folder)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        where = f" or in {include}" if include is not None else "; name the directory of its file with --include"
+        raise ConfigError(f"there is no task {unknown[0]} in the lm-evaluation-harness{where}")
+    language_model = RoutedModel(model, tokenizer, batch_size=batch_size, routed=routed)
+    try:
+        results = simple_evaluate(
+            language_model,
+            tasks=list(tasks),
+            num_fewshot=few_shot,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
+    except (OSError, ConnectionError, KeyError) as error:
+        raise ConfigError(
+            f"the tasks {', '.join(tasks)} cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}); "
+            "without a network, tasks need files of their own: name them with --include"
+        ) from error
+    assert results is not None  # other ranks of the harness get None; here there is one
+    return {
+        task: {name.removesuffix(",none"): float(value) for name, value in metrics.items() if _is_number(value)}
+        for task, metrics in results["results"].items()
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
