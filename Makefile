@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TIER ?= unit distributed integration gpu
 
-.PHONY: help install quickstart test test-fast lint format bench clean
+.PHONY: help install quickstart test test-fast test-slow lint format bench clean
 
 help:
 	@echo "make quickstart   install, prepare real text, train, kill, resume, export, generate (about 10 minutes on 2 cores)"
 	@echo "make test         lint, types and all tests"
 	@echo "make test-fast    unit tests only"
+	@echo "make test-slow    what make test leaves out: every layout, the whole reshard grid, fifty kills during saves"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff rewrite the sources"
 	@echo "make bench        benchmarks of the memory operations against their peers"
@@ -39,10 +40,13 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 test: lint
-	$(BIN)/python -m pytest $(addprefix tests/,$(TIER))
+	$(BIN)/python -m pytest -m "not slow" $(addprefix tests/,$(TIER))
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -m "not slow" tests/unit
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests
 
 bench: $(STAMP)
 	$(BIN)/python kernels/benchmarks/run.py $(ARGS)

@@ -20,8 +20,11 @@ SUMMARIES = {
     "data": "prepare text: tokenizer, token shards, document clusters",
     "train": "train a model, or go on where a run stopped",
     "export": "turn a run into a Hugging Face model directory",
+    "import": "turn an open Hugging Face model into a run to start from",
     "generate": "write text with an exported model",
+    "eval": "measure perplexity and tasks of a run or an export",
     "inspect": "look at a run: headline numbers and an HTML report",
+    "checkpoint": "list, verify, compare and prune the checkpoints of a run",
 }
 
 
