@@ -7,17 +7,33 @@ from typing import Any, TypeVar
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from rich.console import Console
 from rich.progress import track
 
+from megamem.errors import ConfigError
+
 T = TypeVar("T")
+
+
+class Tasks(TaskManager):
+    """The harness's tasks; one that cannot be loaded is a ConfigError."""
+
+    def load(self, task_list: Any) -> Any:
+        try:
+            return super().load(task_list)
+        except Exception as error:  # whatever a task's file, its data or the hub come up with
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise ConfigError(
+                f"a task cannot be loaded ({reason}); without a network, tasks need data of their own: see --include"
+            ) from error
 
 
 class RoutedModel(HFLM):
     """The harness's adapter, with the memory blocks of every request.
 
-    A question reads the blocks of its context, whatever the answer that is scored; a text without context (rolling
-    likelihood) those of the text itself. Requests are evaluated in groups that read the same blocks.
+    A question reads the blocks of its context, whatever the answer that is scored; a text of the rolling likelihood those of
+    the whole text, whatever the window. Requests are evaluated in groups that read the same blocks.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, routed: bool) -> None:
@@ -31,20 +47,26 @@ class RoutedModel(HFLM):
         self._path: torch.Tensor | None = None
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:
-        def text(request: Any) -> list[int]:
-            _, context, continuation = request
-            return context if len(context) > 1 else [*context, *continuation]
-
         evaluate = super()._loglikelihood_tokens
-        kwargs |= {"disable_tqdm": True} if self._routed else {}
-        return self._in_groups(requests, text, lambda group: evaluate(group, *args, **kwargs))
-
-    def generate_until(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[str]:
-        evaluate = super().generate_until
-        kwargs |= {"disable_tqdm": True} if self._routed else {}
+        if self._path is not None:  # windows of a text that was routed as a whole
+            return evaluate(requests, *args, **kwargs | {"disable_tqdm": True})
         return self._in_groups(
-            requests, lambda request: self.tok_encode(request.args[0]), lambda group: evaluate(group, *args, **kwargs)
+            requests,
+            lambda request: request[1],
+            lambda group: evaluate(group, *args, **kwargs | {"disable_tqdm": self._routed}),
         )
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        evaluate = super().loglikelihood_rolling
+        return self._in_groups(requests, self._text, lambda group: evaluate(group, disable_tqdm or self._routed))
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        evaluate = super().generate_until
+        return self._in_groups(requests, self._text, lambda group: evaluate(group, disable_tqdm or self._routed))
+
+    def _text(self, request: Any) -> list[int]:
+        """Token ids of a request's text."""
+        return self.tok_encode(request.args[0])
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._path is None:

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import queue
+import re
 import threading
 import time
 from collections import defaultdict
@@ -163,8 +164,33 @@ def replay(run_dir: Path) -> int:
     For runs that have ended: it also closes the MLflow run. Reads ``tracking`` from ``config.yaml``. Raises MegamemError
     if MLflow cannot be reached.
     """
+    points = [point for point in map(point_of, read_journal(run_dir / "journal.jsonl")) if point.metrics]
+    with _ended_run(run_dir) as session:
+        missing = session.missing(points)
+        session.log(missing)
+        for name in ("config.yaml", "report.html"):
+            if (run_dir / name).exists():
+                session.artifact(run_dir / name)
+    return len(missing)
+
+
+def add_metrics(run_dir: Path, step: int, metrics: Mapping[str, float]) -> None:
+    """Send numbers that are in no journal to the MLflow run of a run that has ended, which keeps its status.
+
+    Characters that MLflow refuses in a name become underscores. Raises MegamemError if MLflow cannot be reached.
+    """
+    named: dict[str, float] = {}
+    for name, value in metrics.items():
+        plain_name = "/".join(part for part in re.sub(r"[^\w\-./ ]", "_", name).split("/") if part.strip("."))
+        named[plain_name if plain_name not in named else f"{plain_name}_{len(named)}"] = value
+    with _ended_run(run_dir) as session:
+        session.log([Point(step, time.time(), _numbers(plain(named)))])
+
+
+@contextlib.contextmanager
+def _ended_run(run_dir: Path) -> Iterator[_Session]:
+    """The MLflow run of ``run_dir``, which ends as its journal does; MegamemError for whatever MLflow raises."""
     run_dir = run_dir.resolve()
-    entries = read_journal(run_dir / "journal.jsonl")
     config_file = run_dir / "config.yaml"
     try:
         config = yaml.safe_load(config_file.read_text(encoding="utf-8")) or {}
@@ -173,23 +199,17 @@ def replay(run_dir: Path) -> int:
             f"{config_file} cannot be read ({getattr(error, 'problem', error)}): restore the resolved settings of the run"
         ) from None
     tracking = build(TrackingConfig, config.get("tracking", {}), "tracking")
-    points = [point for point in map(point_of, entries) if point.metrics]
+    endings: dict[str, Status] = {"start": "KILLED", "stop": "FINISHED", "fail": "FAILED"}
+    ending = [endings[e["event"]] for e in read_journal(run_dir / "journal.jsonl") if e.get("event") in endings]
     try:
         session = _Session(tracking, run_dir.parent, run_dir, run_dir.name, flatten(config), resume=True)
-        missing = session.missing(points)
-        session.log(missing)
-        for name in ("config.yaml", "report.html"):
-            if (run_dir / name).exists():
-                session.artifact(run_dir / name)
-        endings: dict[str, Status] = {"start": "KILLED", "stop": "FINISHED", "fail": "FAILED"}
-        ending = [endings[e["event"]] for e in entries if e.get("event") in endings]
+        yield session
         session.terminate(ending[-1] if ending else "KILLED")
     except Exception as error:
         uri = tracking_uri(tracking, run_dir.parent)
         raise MegamemError(
             f"MLflow at {uri} does not take the run ({_describe(error)}): set tracking.uri to a store that works"
         ) from error
-    return len(missing)
 
 
 def tracking_uri(config: TrackingConfig, runs_dir: Path) -> str:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megamem.cli import main
 from megamem_data.prepared import PreparedData
+from megamem_launch.config import load_config
 from megamem_launch.evaluate import open_model
+from megamem_launch.harness_model import RoutedModel
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 QUESTIONS = [
@@ -86,11 +91,17 @@ def test_tasks_are_scored_as_by_hand(export: Path, tasks: Path, tmp_path: Path, 
     command = ["eval", str(export), "--tasks", *names, "--include", str(tasks), "--memory", memory]
     assert main((*command, "--output", str(output))) == 0
     found = json.loads(output.read_text())["tasks"]
-    model, tokenizer = open_model(export, device="cpu", dtype="auto")
+    model, tokenizer = open_model(export, device="cpu", dtype="auto", tables="cpu")
     routed = memory == "routed"
-    right = 0
+    right = written = 0
     words, total = 0, 0.0
     for item in QUESTIONS:
+        ids = tokenizer(item["question"], return_tensors="pt")
+        paths = {"memory_paths": model.route(ids.input_ids)} if routed else {}
+        text = tokenizer.decode(
+            model.generate(**ids, max_new_tokens=3, do_sample=False, **paths)[0, ids.input_ids.shape[1] :]
+        )
+        written += text.partition("\n")[0] == item["choices"][item["answer"]].partition("\n")[0]
         scores = [
             likelihood(model, tokenizer, item["question"], choice, routed=routed)[0] for choice in item["choices"]
         ]
@@ -98,7 +109,7 @@ def test_tasks_are_scored_as_by_hand(export: Path, tasks: Path, tmp_path: Path, 
         total += likelihood(model, tokenizer, "", item["question"], routed=routed)[0]
         words += len(item["question"].split())
     assert found["choice"]["acc"] == pytest.approx(right / len(QUESTIONS))
-    assert 0 <= found["spelled"]["exact_match"] <= 1
+    assert found["spelled"]["exact_match"] == pytest.approx(written / len(QUESTIONS))
     assert found["rolling"]["word_perplexity"] == pytest.approx(math.exp(-total / words), rel=1e-3)
 
 
@@ -107,7 +118,7 @@ def test_a_run_is_measured_on_its_validation_documents(run: Path, export: Path, 
     result = json.loads((run / "eval" / "step_00000004.json").read_text())
     measured = result["perplexity"]["validation"]
     data = PreparedData.open(prepared_tiny)
-    model, _ = open_model(export, device="cpu", dtype="auto")
+    model, _ = open_model(export, device="cpu", dtype="auto", tables="cpu")
     stops = data.lengths.cumsum()
     total, tokens = 0.0, 0
     for number in data.documents("validation")[:3]:
@@ -129,14 +140,73 @@ def test_a_run_is_measured_on_its_validation_documents(run: Path, export: Path, 
     assert not list(run.glob(".eval-*"))  # the temporary export is gone
 
 
-def test_results_reach_the_tracked_run(run: Path) -> None:
+def test_generation_reads_the_blocks_of_its_context(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = open_model(export, device="cpu", dtype="auto", tables="cpu")
+    language_model = RoutedModel(model, tokenizer, batch_size=4, routed=True)
+    seen: list[tuple[list[int], list[int]]] = []
+    generate = model.generate
+
+    def spy(*args, memory_paths, **kwargs):
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        seen.extend(zip(ids.tolist(), memory_paths.tolist(), strict=True))
+        return generate(*args, memory_paths=memory_paths, **kwargs)
+
+    monkeypatch.setattr(model, "generate", spy)
+    texts = [item["question"] for item in QUESTIONS]
+    requests = [Instance("generate_until", {}, (text, {"until": ["\n"], "max_gen_toks": 2}), 0) for text in texts]
+    assert len(language_model.generate_until(requests)) == len(texts)
+    routes = {tuple(ids): model.route(torch.tensor([ids]))[0].tolist() for ids in map(language_model.tok_encode, texts)}
+    assert len(seen) == len(texts)
+    for ids, path in seen:
+        assert path == next(route for text, route in routes.items() if tuple(ids[-len(text) :]) == text)
+
+
+def test_windows_of_a_rolling_text_read_the_blocks_of_the_whole_text(export: Path) -> None:
+    model, tokenizer = open_model(export, device="cpu", dtype="auto", tables="cpu")
+    language_model = RoutedModel(model, tokenizer, batch_size=2, routed=True)
+    text = "\n".join(item["question"] for item in QUESTIONS) * 8
+    ids = language_model.tok_encode(text)
+    window = model.config.max_position_embeddings
+    assert len(ids) > 2 * window
+    path = model.route(torch.tensor([ids]))
+    measured = language_model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])[0]
+    total = 0.0
+    for context, target in map(make_disjoint_window, get_rolling_token_windows(ids, tokenizer.eos_token_id, window, 1)):
+        piece = torch.tensor([[*context, *target]])
+        with torch.no_grad():
+            scores = model(piece[:, :-1], use_cache=False, memory_paths=path).logits[0].log_softmax(-1)
+        total += float(scores[-len(target) :].gather(1, torch.tensor(target)[:, None]).sum())
+    assert measured == pytest.approx(total, rel=1e-4)
+
+
+def test_damaged_weights_are_not_measured(
+    run: Path, export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copies = {"export": export, "checkpoint": run / "checkpoints" / "step_00000004"}
+    for name, source in copies.items():
+        copy = shutil.copytree(source, tmp_path / name)
+        weights = max(copy.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+        content = bytearray(weights.read_bytes())
+        content[-100] ^= 64
+        weights.write_bytes(content)
+        assert main(("eval", str(copy), "--documents", "1", "--text", __file__)) == 2
+        assert weights.name in capsys.readouterr().err
+
+
+def test_results_reach_the_tracked_run(run: Path, tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
-    assert main(("eval", str(run), "--documents", "1")) == 0
+    text = tmp_path / "some text.txt"
+    text.write_text("import os\n" * 20)
+    assert (
+        main(("eval", str(run), "--documents", "1", "--text", str(text), "--data", str(load_config(run).data.path)))
+        == 0
+    )
     client = MlflowClient(tracking_uri=f"sqlite:///{run.parent.resolve() / 'mlflow.db'}")
     tracked = client.get_run((run / "mlflow_run_id").read_text().strip())
     result = json.loads((run / "eval" / "step_00000004.json").read_text())
     assert tracked.data.metrics["eval_tasks/validation/loss"] == result["perplexity"]["validation"]["loss"]
+    assert tracked.data.metrics[f"eval_tasks{text}/loss"] == result["perplexity"][str(text)]["loss"]
     assert tracked.info.status == "FINISHED"
 
 

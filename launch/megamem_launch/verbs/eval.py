@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from megamem.errors import CheckpointError, ConfigError
+from megamem.errors import CheckpointError, ConfigError, MegamemError
 from megamem_launch.verbs.parse import parse
 
 if TYPE_CHECKING:
@@ -61,6 +61,9 @@ class Arguments:
     """Which blocks of a memory bank are read: those of each text, where the export can tell, or the generic one."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the weights; auto is what the export has."""
+    tables: Literal["device", "cpu", "disk"] = "disk"
+    """Where memory tables are kept: with the model, in host memory, or in their files, of which the rows that a text needs are
+    read."""
     output: Path | None = None
     """JSON file of the results; by default RUN/eval/<step>.json, or OUT/eval.json."""
 
@@ -79,7 +82,7 @@ def main(argv: list[str]) -> int:
         evaluate.require_harness()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _export(arguments) as (folder, run, step, data):
-        model, tokenizer = evaluate.open_model(folder, device=device, dtype=arguments.dtype)
+        model, tokenizer = evaluate.open_model(folder, device=device, dtype=arguments.dtype, tables=arguments.tables)
         routed = arguments.memory == "routed" and evaluate.routes(model)
         results: dict[str, Any] = {
             "model": str(arguments.model),
@@ -142,9 +145,11 @@ def _check(arguments: Arguments) -> None:
 def _export(arguments: Arguments) -> Iterator[tuple[Path, Path | None, int | None, Path | None]]:
     """An export to open; of a run also its directory, the step of its checkpoint and its prepared data."""
     if (arguments.model / "config.json").is_file():
-        from megamem_checkpoints.hf.verify import REPORT
+        from megamem_checkpoints.hf.verify import REPORT, check_files
 
         report = arguments.model / REPORT
+        if report.is_file():  # any other directory that transformers opens has nothing to be compared with
+            check_files(arguments.model)
         step = json.loads(report.read_text(encoding="utf-8"))["step"] if report.is_file() else None
         yield arguments.model, None, step, None
         return
@@ -155,7 +160,9 @@ def _export(arguments: Arguments) -> Iterator[tuple[Path, Path | None, int | Non
 
     checkpoint = find_checkpoint(arguments.model)
     reader = CheckpointReader(checkpoint)
-    data = arguments.data or Path(reader.meta["config"]["data"]["path"])
+    reader.verify()
+    path = reader.meta["config"]["data"]["path"]
+    data = arguments.data or (Path(path) if path else None)
     with tempfile.TemporaryDirectory(prefix=".eval-", dir=checkpoint.parent.parent) as scratch:
         folder = Path(scratch) / "export"
         export_checkpoint(
@@ -163,7 +170,7 @@ def _export(arguments: Arguments) -> Iterator[tuple[Path, Path | None, int | Non
             folder,
             origin=str(checkpoint),
             tokenizer_model=find_tokenizer(reader.meta["config"], arguments.data),
-            clusters=data / "clusters.safetensors",
+            clusters=None if data is None else data / "clusters.safetensors",
             verify=False,
         )
         yield folder, checkpoint.parent.parent, reader.step, data
@@ -174,7 +181,7 @@ def _encode(tokenizer: Any, path: Path) -> Document:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--text names {path}, which cannot be read as UTF-8 text ({error})") from None
-    return [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    return [*tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids, tokenizer.eos_token_id]
 
 
 def _validation(data: Path | None, limit: int) -> Iterator[Document]:
@@ -182,7 +189,9 @@ def _validation(data: Path | None, limit: int) -> Iterator[Document]:
     from megamem_data.prepared import PreparedData
 
     if data is None:
-        raise ConfigError("an export has no documents of its own; name texts with --text, or prepared data with --data")
+        raise ConfigError(
+            "the model brings no documents of its own; name texts with --text, or prepared data with --data"
+        )
     prepared = PreparedData.open(data)
     wanted = prepared.documents("validation")
     wanted = wanted[:limit] if limit else wanted
@@ -224,20 +233,16 @@ def _write(arguments: Arguments, run: Path | None, step: int | None, results: di
 
 def _track(run: Path, step: int | None, metrics: dict[str, float]) -> None:
     """Add the numbers to the run's MLflow run, unless training still writes there."""
-    from megamem.observe.tracking import Tracker
+    from megamem.observe.tracking import add_metrics
     from megamem_checkpoints.files import writer_lock
     from megamem_launch.config import load_config
 
-    if not (run / "config.yaml").is_file():
-        return
-    config = load_config(run)
-    if not config.tracking.mlflow:
+    if not (run / "journal.jsonl").is_file() or not load_config(run).tracking.mlflow:  # an imported run has no journal
         return
     try:
         with writer_lock(run, doing="training"):
-            tracker = Tracker(config.tracking, runs_dir=Path(config.runs_dir), run_dir=run, run_name=config.name)
-            tracker.start({}, run / "config.yaml", resume=True)
-            tracker.log(step or 0, {f"eval_tasks/{name}": value for name, value in metrics.items()})
-            tracker.finish("FINISHED")
+            add_metrics(run, step or 0, {f"eval_tasks/{name}": value for name, value in metrics.items()})
     except CheckpointError:
         print("MLflow gets nothing: the run is still training; evaluate it again when it has ended", file=sys.stderr)
+    except MegamemError as error:  # the numbers are printed and on disk
+        print(f"MLflow gets nothing: {error}", file=sys.stderr)
