@@ -75,8 +75,8 @@ class Checkpointer:
         rows that this rank owns. ``meta`` is plain JSON, and rank 0's is kept. ``rng`` are random states (uint8) beside
         torch's own CPU and CUDA states, which are always saved. Returns the checkpoint's directory.
 
-        CheckpointError on every rank where any rank fails (disk full, ...), now or in a save that was still running;
-        earlier checkpoints are then untouched.
+        CheckpointError on every rank where any rank fails (disk full, ...); earlier checkpoints are then untouched. A save
+        that was still running is waited for, and its error told by :meth:`ended` alone: this save is attempted all the same.
         """
         path = self.start(step, entries=entries, state_of=state_of, tables=tables, meta=meta, rng=rng)
         self.wait()
@@ -96,13 +96,18 @@ class Checkpointer:
 
         When this returns, training may go on and change everything that was handed in: dense state has been copied to host
         memory, and tables keep what they held (:class:`~megamem.memory.snapshot.Snapshot`). A save that is running is waited
-        for. Errors as in :meth:`save`; those of the background come from the next call of this or :meth:`wait`, so that they
-        reach all ranks at the same place.
+        for. Errors as in :meth:`save`; those of the background come from :meth:`wait`. After a save that failed, this one
+        is made from whole tables, and not in the background: it is complete when this returns, or an error on all ranks.
         """
-        self.wait()
+        self._settle()
+        earlier, self._failure = self._failure, None
         # Nothing adds to the checkpoint before a failed one: which rows changed since is no longer known.
         base, self._base = self._base, None
+        if base is not None and not self._may_share(step, base):
+            base = None
         groups, lead = self.groups, self.groups is None or self.groups.coordinates.rank == 0
+        if earlier is not None and lead:
+            _log.warning("%s; trying again with that of step %d", earlier, step)
         saving = Saving(self.directory, step, self.config, lead)
         try:
             saving.begin(
@@ -120,6 +125,8 @@ class Checkpointer:
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megamem-save")
         self._running = saving, thread.submit(saving.finish, self._group)
         thread.shutdown(wait=False)
+        if earlier is not None:
+            self.wait()
         return saving.final
 
     def wait(self) -> None:
@@ -142,6 +149,11 @@ class Checkpointer:
             self.wait()
         except CheckpointError as error:
             _log.error("%s", error)
+
+    def _may_share(self, step: int, base: Base) -> bool:
+        """Whether the checkpoint of ``step`` may share files with ``base``."""
+        config = self.config
+        return base.chain + 1 < config.full_every and not (config.keep_every and step % config.keep_every == 0)
 
     def _settle(self) -> None:
         if self._running is None:

@@ -27,12 +27,23 @@ def compare_models(saved: Mapping[str, Any], current: Mapping[str, Any], *, new_
     Both are the ``meta`` of :meth:`megamem_checkpoints.checkpointer.Checkpointer.save`, with the resolved
     configuration under ``config`` and, where both have it, ``tokenizer_sha256``, which must be the same. A setting that
     only one of them knows (another release wrote it) is left to the check of names and shapes. With ``new_memories`` the
-    run may have memories that the checkpoint lacks, so that only ``model`` is compared.
+    run may have memories on layers where the checkpoint has none, or of a kind that it lacks; what it has must be addressed as
+    it was.
     """
-    for section in ("model",) if new_memories else ("model", "memory.engram", "memory.bank"):
+    sections, free = ["model", "memory.engram", "memory.bank"], _FREE
+    if new_memories:
+        memory = saved["config"]["memory"]
+        has = {
+            "model": True,
+            "memory.engram": bool(memory["engram"]["layers"]),
+            "memory.bank": any(memory["bank"]["units"]),
+        }
+        sections = [name for name in sections if has[name]]
+        free = _FREE | {"memory.engram.layers", "memory.bank.layers"}
+    for section in sections:
         parts = _part(saved["config"], section), _part(current["config"], section)
         for name, there, here in differences(*parts, section):
-            if name not in _FREE and there is not None and here is not None:
+            if name not in free and there is not None and here is not None:
                 raise CheckpointError(
                     f"the checkpoint is of another model: {name} is {there!r} there and {here!r} in this run; "
                     f"set {name}={there}, or give this run another name and no checkpoint"

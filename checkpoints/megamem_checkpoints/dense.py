@@ -22,12 +22,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.futures import Future
 
 from megamem.errors import CheckpointError
-from megamem_checkpoints.files import FILE_BYTES
+from megamem_checkpoints.files import FILE_BYTES, in_parallel
 from megamem_checkpoints.manifest import DenseRecord
 
 if TYPE_CHECKING:
@@ -141,10 +142,11 @@ def _cut(plan: SavePlan) -> dict[str, int]:
 
 
 class Reader(HuggingFaceStorageReader):
-    """Reads the headers of all files once, whatever the number of loads."""
+    """Reads the headers of all files once, whatever the number of loads, and ``threads`` files at once."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int = 1) -> None:
         super().__init__(str(path))
+        self._threads = threads
         self._metadata: Metadata | None = None
 
     def read_metadata(self) -> Metadata:
@@ -152,11 +154,23 @@ class Reader(HuggingFaceStorageReader):
             self._metadata = super().read_metadata()
         return self._metadata
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """A file for each thread. DCP's own threads would turn what is wrong with a file into a count of files."""
+        files: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        read = super().read_data
+        in_parallel(self._threads, lambda items: read(dataclasses.replace(plan, items=items), planner), files.values())
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
 
 def write(root: Path, state_dict: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
     """Save every rank's share below ``root``; copies of a shard are written once. Collective over ``group``; None for a process
     alone."""
-    with _quiet():
+    # Without a process group there is nothing to be warned about; the filters of warnings are not safe to change on a thread.
+    with _quiet() if group is None else contextlib.nullcontext():
         try:
             dcp.save(
                 dict(state_dict),

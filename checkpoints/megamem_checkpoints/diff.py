@@ -157,8 +157,8 @@ def _table(
     for start in range(0, mine.rows, step):
         here = np.arange(start, min(start + step, mine.rows))
         there = here if placed == placed_there else placed_there.positions(placed.logical(here))
-        records_a = tables.read(a.path, mine, here, state=same_state)
-        records_b = tables.read(b.path, theirs, there, state=same_state)
+        records_a = tables.read(a.table_files, mine, here, state=same_state)
+        records_b = tables.read(b.table_files, theirs, there, state=same_state)
         values_a, values_b = _values(records_a, mine), _values(records_b, theirs)
         differ = _differ(values_a, values_b)
         rows_changed += int(differ.any(1).sum())

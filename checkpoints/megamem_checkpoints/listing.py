@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def disk_usage(paths: Iterable[Path]) -> tuple[int, int]:
     hard link elsewhere stays."""
     found: dict[tuple[int, int], list[int]] = {}
     for path in paths:
-        for file in path.rglob("*"):
+        for file in _files(path):
             try:
                 status = file.lstat()
             except FileNotFoundError:
@@ -88,6 +89,12 @@ def disk_usage(paths: Iterable[Path]) -> tuple[int, int]:
                 found.setdefault((status.st_dev, status.st_ino), [status.st_size, status.st_nlink, 0])[2] += 1
     total = sum(size for size, _, _ in found.values())
     return total, sum(size for size, links, seen in found.values() if seen >= links)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """Everything below ``path`` but directories; ones that disappear meanwhile are passed over, which ``rglob`` does not do."""
+    for folder, _, names in os.walk(path):
+        yield from (Path(folder, name) for name in names)
 
 
 def _layout(manifest: Manifest) -> str:

@@ -59,7 +59,7 @@ def load(
 ) -> tuple[dict[str, Any], Base]:
     """See :meth:`megamem_checkpoints.checkpointer.Checkpointer.load`; also returns what the next save may add to."""
     ranks = Ranks(groups.world if groups is not None else None)
-    reader = ranks.together(lambda: CheckpointReader(path))
+    reader = ranks.together(lambda: CheckpointReader(path, threads=threads))
     if len(set(ranks.gather((str(path), reader.step)))) > 1:
         raise CheckpointError(f"ranks were asked to load different checkpoints, this one {path}; name one for all")
     sharding = dense.Sharding(groups)

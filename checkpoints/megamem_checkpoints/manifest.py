@@ -119,6 +119,8 @@ class Manifest:
     files: dict[str, FileRecord]
     dense: dict[str, DenseRecord]
     tables: dict[str, TableRecord]
+    chain: int = 0
+    """Saves in a row, this one the last, whose tables may share files with the save before; 0: it shares none with any."""
 
     def label(self, directory: Path) -> str:
         """What tells the checkpoint in ``directory`` from any other: disk files of tables are committed under it."""

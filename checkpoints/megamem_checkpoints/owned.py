@@ -33,6 +33,15 @@ _CHUNK_BYTES = 4 * 2**20
 _log = logging.getLogger(__name__)
 
 
+def index_bytes(rows: int, incremental: Literal["auto", "on", "off"]) -> int:
+    """Most host memory that one rank takes, while it saves, to know which of its ``rows`` changed and where old records are."""
+    where = np.min_scalar_type(-rows - 1).itemsize
+    if incremental == "off":
+        return rows * where
+    # Which rows changed since the last save, and since this one; and the positions of the former.
+    return int(rows * (where + 2 + 8 * (CHANGED_SHARE if incremental == "auto" else 1.0)))
+
+
 @dataclass(frozen=True, slots=True)
 class Base:
     """A complete checkpoint and what one rank has of its tables in it: what an increment adds to."""
@@ -41,6 +50,8 @@ class Base:
     tables: dict[str, TableRecord]
     """Parts that are of the owned rows alone."""
     files: dict[str, FileRecord]
+    chain: int = 0
+    """As in :class:`~megamem_checkpoints.manifest.Manifest`."""
 
     @classmethod
     def of(cls, path: Path, manifest: Manifest, owned: Mapping[str, OwnedTable]) -> Base:
@@ -50,7 +61,8 @@ class Base:
             part = tables.part_of(manifest.tables[name], table.start, table.stop)
             if part is not None and tables.without_files(part) == tables.describe(table):
                 parts[name] = part
-        return cls(path, parts, {name: manifest.files[name] for part in parts.values() for name in part.names()})
+        files = {name: manifest.files[name] for part in parts.values() for name in part.names()}
+        return cls(path, parts, files, manifest.chain)
 
 
 class TableSave:
@@ -67,18 +79,27 @@ class TableSave:
         self._root, self._table, self._prefix = root, table, f"delta_{step:08d}_"
         earlier = base.tables.get(table.spec.name) if base is not None and incremental != "off" else None
         self._increment = False
+        self._to_link: list[tuple[Path, Path]] = []
         if base is not None and earlier is not None and self._worth(earlier, incremental):
             names = earlier.names()
-            self._increment = _link(base, names, root)
+            self._increment = _linkable(base, names, root)
             if self._increment:
                 self.record.files, self.record.increments = dict(earlier.files), list(earlier.increments)
                 self.files = {name: base.files[name] for name in names}
+                self._to_link = [(base.path / name, root / name) for name in names[1:]]
         self.snapshot = table.snapshot(root, changed_only=self._increment, track_changes=incremental != "off")
 
     def plan(self) -> list[tuple[str, range | np.ndarray]]:
-        """The files that have to be written, with their positions; the record names them from now on."""
+        """Link to the files of the checkpoint before; returns those that have to be written, with their positions. The record
+        names them from now on.
+
+        Raises:
+            OSError: a file cannot be linked to, though the first one could: it is too late to save the table as a whole.
+        """
         table, folder = self._table, f"tables/{self._table.spec.name}"
         (self._root / folder).mkdir(parents=True, exist_ok=True)
+        for source, target in self._to_link:
+            os.link(source, target)
         work: list[tuple[str, range | np.ndarray]] = []
         if not self._increment:
             step = max(1, FILE_BYTES // table.record_bytes)
@@ -124,18 +145,18 @@ class TableSave:
         return records * (table.record_bytes + 8) < count * table.record_bytes
 
 
-def _link(base: Base, names: Sequence[str], root: Path) -> bool:
-    """Give files of ``base`` a second name below ``root``. False where that cannot be: nothing is left then."""
+def _linkable(base: Base, names: Sequence[str], root: Path) -> bool:
+    """Whether files of ``base`` can get a second name below ``root``: all have the right length, and the first one (of
+    several: a table has at least one) got it. False leaves nothing behind."""
     try:
         for name in names:
             check_size(base.path, name, base.files[name])
+        for name in names[:1]:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             os.link(base.path / name, root / name)
     except (OSError, CheckpointError) as error:
         why = error.strerror if isinstance(error, OSError) else "one is missing or of another length"
         _say_once(f"tables are saved as a whole: files of the checkpoint before cannot be linked to ({why})")
-        for name in names:
-            (root / name).unlink(missing_ok=True)
         return False
     return True
 

@@ -28,6 +28,14 @@ class Ranks:
         dist.all_gather_object(values, value, group=self._group)
         return values  # type: ignore[return-value]
 
+    def gather_to_first(self, value: T) -> list[T]:
+        """``value`` of every rank, in rank order, on the first rank; nothing on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, group=self._group, group_dst=0)
+        return values or []  # type: ignore[return-value]
+
     def together(self, action: Callable[[], T]) -> T:
         """Run ``action`` on every rank and wait for all; CheckpointError on every rank if it failed on any."""
         result: T | None = None

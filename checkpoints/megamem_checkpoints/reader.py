@@ -15,15 +15,18 @@ from megamem_checkpoints import dense, tables
 from megamem_checkpoints.directory import open_manifest
 from megamem_checkpoints.files import check_content, in_parallel, share
 from megamem_checkpoints.manifest import DenseRecord, TableRecord
+from megamem_checkpoints.tables import OpenFiles
 from megamem_kernels.formats import FormatName
 from megamem_kernels.row_gather import dequantize_rows
 
 
 class CheckpointReader:
-    """Opens ``path``; CheckpointError unless it is a whole checkpoint of a known format (contents: :meth:`verify`)."""
+    """Opens ``path``; CheckpointError unless it is a whole checkpoint of a known format (contents: :meth:`verify`). Dense files
+    are read by ``threads`` at once."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, threads: int = 1) -> None:
         self.path = path
+        self._threads = threads
         self.manifest = open_manifest(path)
 
     @property
@@ -76,8 +79,10 @@ class CheckpointReader:
         record = self._table(table)
         if not 0 <= start <= stop <= record.rows:
             raise ValueError(f"rows [{start}, {stop}) of table {table}, which has {record.rows}")
-        positions = tables.placement_of(record).positions(np.arange(start, stop))
-        return tables.read(self.path, record, positions, state=False)
+        placement = tables.placement_of(record)
+        if placement.multiplier == 1:
+            return tables.read(self.table_files, record, range(start, stop), state=False)
+        return tables.read(self.table_files, record, placement.positions(np.arange(start, stop)), state=False)
 
     def verify(self, rank: int = 0, ranks: int = 1, *, threads: int = 1) -> None:
         """Check the content of every file, or of one rank's share; CheckpointError naming the first damaged one."""
@@ -90,7 +95,12 @@ class CheckpointReader:
     @cached_property
     def dense_reader(self) -> dense.Reader:
         """The storage reader of the dense part."""
-        return dense.Reader(self.path / dense.FOLDER)
+        return dense.Reader(self.path / dense.FOLDER, self._threads)
+
+    @cached_property
+    def table_files(self) -> OpenFiles:
+        """The files of the tables."""
+        return OpenFiles(self.path)
 
     def _read(self, name: str, state: str) -> Tensor:
         target = torch.empty(self.shape(name), dtype=torch.float32)

@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import megamem
-from megamem.errors import CheckpointError
+from megamem.errors import CheckpointError, MegamemError
 from megamem.files import write_text
 from megamem_checkpoints import dense, directory, rng, tables
 from megamem_checkpoints.config import CheckpointConfig
@@ -32,6 +33,8 @@ from megamem_checkpoints.owned import Base, TableSave
 from megamem_checkpoints.ranks import Ranks
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from megamem.memory.table import OwnedTable
     from megamem.models.canonical import CanonicalEntry
     from megamem.parallel.groups import Groups
@@ -57,6 +60,8 @@ class Saving:
         self._dense: dict[str, Tensor] = {}
         self._dense_records: dict[str, DenseRecord] = {}
         self._tables: dict[str, TableSave] = {}
+        self._device = torch.device("cpu")
+        self._chain = 0
 
     def begin(
         self,
@@ -71,6 +76,8 @@ class Saving:
     ) -> None:
         """Take hold of the present state; see :meth:`megamem_checkpoints.checkpointer.Checkpointer.save`."""
         ranks = Ranks(groups.world if groups is not None else None)
+        self._device = groups.device if groups is not None else self._device
+        self._chain = base.chain + 1 if base is not None else 0
         with self._whole_or_nothing():
             ranks.together(partial(self._prepare, meta))
             self._dense, self._dense_records = ranks.together(
@@ -82,18 +89,20 @@ class Saving:
         """Write the checkpoint and give it its name; returns what the next one may add to. Collective over ``group``."""
         ranks = Ranks(group)
         with self._whole_or_nothing():
+            self._use_device()
             files = ranks.together(partial(self._write_local, ranks.rank))
             ranks.together(lambda: dense.write(self._temporary, self._dense, group))
             self._dense.clear()
             files |= ranks.together(partial(self._dense_files, ranks.rank))
             mine = {name: table.record for name, table in self._tables.items()}
-            parts: list[Part] = ranks.gather((files, self._dense_records, mine))
+            parts: list[Part] = ranks.gather_to_first((files, self._dense_records, mine))
             label = ranks.gather(ranks.together(partial(self._publish, parts)))[0]
         try:
-            ranks.together(partial(self._commit_tables, label))
+            self._commit_tables(label)
         finally:
             self._release()
-        return Base(self.final, mine, {name: files[name] for table in mine.values() for name in table.names()})
+        linkable = {name: files[name] for table in mine.values() for name in table.names()}
+        return Base(self.final, mine, linkable, self._chain)
 
     def _prepare(self, meta: Mapping[str, Any]) -> None:
         if self._lead:
@@ -112,10 +121,20 @@ class Saving:
         name = rng.file_name(rank)
         files = {name: rng.write(self._temporary / name, self._rng)}
         work = [(table, *piece) for table in self._tables.values() for piece in table.plan()]
-        in_parallel(self._config.io_threads, lambda item: item[0].write(item[1], item[2]), work)
+        in_parallel(self._config.io_threads, self._write_piece, work)
         for table in self._tables.values():
             files |= table.files
         return files
+
+    def _write_piece(self, item: tuple[TableSave, str, range | np.ndarray]) -> None:
+        self._use_device()
+        table, name, positions = item
+        table.write(name, positions)
+
+    def _use_device(self) -> None:
+        """Make the run's device the current one of this thread, for kernels: to begin with it is the first of the machine."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
     def _dense_files(self, rank: int) -> dict[str, FileRecord]:
         paths = dense.files_of(self._temporary, rank)
@@ -125,7 +144,7 @@ class Saving:
     def _publish(self, parts: Sequence[Part]) -> str:
         if not self._lead:
             return ""
-        manifest = _manifest(self._temporary, self.step, self._meta, parts)
+        manifest = _manifest(self._temporary, self.step, self._meta, parts, self._chain)
         write_text(self._temporary / FILE_NAME, manifest.dumps())
         directory.publish(self._temporary, self.final)
         try:
@@ -135,8 +154,12 @@ class Saving:
         return manifest.label(self.final)
 
     def _commit_tables(self, label: str) -> None:
-        for table in self._tables.values():
-            table.close(label)
+        """The checkpoint is complete: that disk files can stand in for it only saves a resume from reading it."""
+        for name, table in self._tables.items():
+            try:
+                table.close(label)
+            except (MegamemError, OSError) as error:
+                _log.warning("a resume will read table %s from %s, not from its tier: %s", name, self.final, error)
 
     def _release(self) -> None:
         """Let go of tables, lock and temporary directory. Idempotent."""
@@ -158,7 +181,7 @@ class Saving:
             raise
 
 
-def _manifest(temporary: Path, step: int, meta: Mapping[str, Any], parts: Sequence[Part]) -> Manifest:
+def _manifest(temporary: Path, step: int, meta: Mapping[str, Any], parts: Sequence[Part], chain: int) -> Manifest:
     files = {name: item for part in parts for name, item in part[0].items()}
     try:
         for name, item in files.items():
@@ -182,4 +205,5 @@ def _manifest(temporary: Path, step: int, meta: Mapping[str, Any], parts: Sequen
         files=files,
         dense=dense_records,
         tables={name: tables.merge([part[2][name] for part in parts if name in part[2]]) for name in sorted(names)},
+        chain=chain,
     )

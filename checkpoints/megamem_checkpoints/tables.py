@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from threading import Lock
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from megamem_kernels.row_gather import dequantize_rows
 
 READ_BYTES = 64 * 2**20
 """Upper bound of what is read at a time, or one row."""
+
+_INCREMENTS_OPEN = 64
 
 POSITIONS = "positions"
 """Key of the positions of an increment."""
@@ -80,10 +83,36 @@ def placement_of(record: TableRecord) -> Placement:
     return Placement(record.placement.name, record.rows, record.placement.multiplier)
 
 
-def read(root: Path, record: TableRecord, positions: np.ndarray, *, state: bool) -> dict[str, Tensor]:
-    """Records at ``positions`` ``[n]`` int64, distinct and in any order, by key: as they were stored.
+class OpenFiles:
+    """Files of the tables of one checkpoint, mapped into memory. Increments, of which every chunk of a table may need some, stay
+    open, the most recently used of them. Threads may share it."""
 
-    Neighbouring positions are read as one range, others where they lie.
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._increments: OrderedDict[str, _File] = OrderedDict()
+        self._lock = Lock()
+
+    def base(self, name: str, count: int) -> _File:
+        """A file of ``count`` records."""
+        return _open(self._root, name, count)
+
+    def increment(self, item: IncrementRecord) -> _File:
+        """A file with positions."""
+        with self._lock:
+            file = self._increments.pop(item.file, None)
+            if file is None:
+                file = _open(self._root, item.file, item.count)
+                file.check_positions(item)
+            self._increments[item.file] = file
+            if len(self._increments) > _INCREMENTS_OPEN:
+                self._increments.popitem(last=False)
+        return file
+
+
+def read(files: OpenFiles, record: TableRecord, positions: range | np.ndarray, *, state: bool) -> dict[str, Tensor]:
+    """Records at ``positions``, a range of step 1 or distinct int64 ``[n]`` in any order, by key: as they were stored.
+
+    Not to be written to: they may be the file itself, mapped into memory.
 
     Raises:
         CheckpointError: a file does not hold what the manifest says.
@@ -91,58 +120,63 @@ def read(root: Path, record: TableRecord, positions: np.ndarray, *, state: bool)
     fields: Fields = {f.name: (f.dtype, list(f.shape)) for f in row_fields(record.format, record.width)}
     if state:
         fields |= {STATE + name: (getattr(torch, item.dtype), item.shape) for name, item in record.state.items()}
+    if isinstance(positions, range):
+        return _read_range(files, record, fields, positions)
     out = {key: torch.empty(len(positions), *shape, dtype=dtype) for key, (dtype, shape) in fields.items()}
     order = np.argsort(positions, kind="stable")
     ascending = positions[order]
     for low, high, name in record.ranges():
         first, last = np.searchsorted(ascending, [low, high])
         if first < last:
-            with _opened(root, name) as file:
-                _copy(file, high - low, fields, ascending[first:last] - low, order[first:last], out)
+            file = files.base(name, high - low)
+            _copy(file, fields, ascending[first:last] - low, order[first:last], out)
     for item in record.increments:
         first, last = np.searchsorted(ascending, [item.start, item.stop])
         if first < last:
-            with _opened(root, item.file) as file:
-                changed = _positions(file, item)
-                _, source, target = np.intersect1d(
-                    changed, ascending[first:last], assume_unique=True, return_indices=True
-                )
-                if len(source):
-                    _copy(file, item.count, fields, source, order[first:last][target], out)
+            file = files.increment(item)
+            source = np.searchsorted(file.positions, ascending[first:last])
+            found = file.positions[source] == ascending[first:last]
+            _copy(file, fields, source[found], order[first:last][found], out)
+    return out
+
+
+def _read_range(files: OpenFiles, record: TableRecord, fields: Fields, wanted: range) -> dict[str, Tensor]:
+    parts = [(low, high, name) for low, high, name in record.ranges() if low < wanted.stop and wanted.start < high]
+    changes: list[tuple[_File, slice]] = []
+    for item in record.increments:
+        if item.start < wanted.stop and wanted.start < item.stop:
+            file = files.increment(item)
+            first, last = (int(edge) for edge in np.searchsorted(file.positions, [wanted.start, wanted.stop]))
+            if first < last:
+                changes.append((file, slice(first, last)))
+    out: dict[str, Tensor] = {}
+    if len(parts) != 1 or changes:
+        out = {key: torch.empty(len(wanted), *shape, dtype=dtype) for key, (dtype, shape) in fields.items()}
+    for low, high, name in parts:
+        start, stop = max(low, wanted.start), min(high, wanted.stop)
+        file = files.base(name, high - low)
+        for key, (dtype, shape) in fields.items():
+            part = file.field(key, dtype, shape)[start - low : stop - low]
+            if key in out:
+                out[key][start - wanted.start : stop - wanted.start].copy_(part)
+            else:
+                out[key] = part
+    for file, source in changes:
+        _copy(file, fields, source, file.positions[source] - wanted.start, out)
     return out
 
 
 def _copy(
-    file: _File, count: int, fields: Fields, source: np.ndarray, target: np.ndarray, out: dict[str, Tensor]
+    file: _File, fields: Fields, source: slice | np.ndarray, target: np.ndarray, out: Mapping[str, Tensor]
 ) -> None:
-    """Copy records ``source`` (ascending) of a file of ``count`` to places ``target`` of ``out``."""
-    where = torch.from_numpy(target)
+    """Copy records ``source`` of a file to places ``target`` of ``out``."""
     for key, (dtype, shape) in fields.items():
-        saved = file.tensors.get_slice(key)
-        if saved.get_shape() != [count, *shape]:
-            raise file.foreign(key)
-        if source[-1] - source[0] + 1 == len(source):
-            part = saved[int(source[0]) : int(source[-1]) + 1]
-        else:
-            part = _bytes(file.tensors.get_tensor(key))[torch.from_numpy(source)].view(dtype).reshape(-1, *shape)
-        if part.dtype != dtype:
-            raise file.foreign(key)
-        _bytes(out[key])[where] = _bytes(part)
-
-
-def _positions(file: _File, item: IncrementRecord) -> np.ndarray:
-    saved = file.tensors.get_tensor(POSITIONS)
-    if saved.dtype != torch.int64 or list(saved.shape) != [item.count]:
-        raise file.foreign(POSITIONS)
-    positions: np.ndarray = saved.numpy()
-    if positions[0] != item.start or positions[-1] != item.stop - 1 or (np.diff(positions) <= 0).any():
-        raise file.foreign(POSITIONS)
-    return positions
+        _records(out[key])[target] = _records(file.field(key, dtype, shape))[source]
 
 
 def read_rows(root: Path, record: TableRecord, rows: np.ndarray) -> Tensor:
     """Logical rows ``[n]`` int64, distinct, as values: ``[n, width]`` fp32. Errors as in :func:`read`."""
-    stored = read(root, record, placement_of(record).positions(rows), state=False)
+    stored = read(OpenFiles(root), record, placement_of(record).positions(rows), state=False)
     return dequantize_rows(stored, torch.empty(len(rows), record.width))
 
 
@@ -155,18 +189,22 @@ def restore(root: Path, record: TableRecord, table: OwnedTable, *, state: bool, 
     saved, wanted = placement_of(record), table.placement
     if state and table.committed == label and saved == wanted:
         return
-    step = max(1, READ_BYTES // table.record_bytes)
+    files, step = OpenFiles(root), max(1, READ_BYTES // table.record_bytes)
+    # Pieces of one file each need no memory of their own.
+    edges = [(low, high) for low, high, _ in record.ranges()] if saved == wanted else [(table.start, table.stop)]
+    cuts = [(max(low, table.start), min(high, table.stop)) for low, high in edges]
 
-    def fill(start: int) -> None:
-        positions = np.arange(start, min(start + step, table.stop))
+    def fill(piece: range) -> None:
+        positions: range | np.ndarray = piece
         if saved != wanted:
-            positions = saved.positions(wanted.logical(positions))
-        values = read(root, record, positions, state=state)
+            positions = saved.positions(wanted.logical(np.arange(piece.start, piece.stop)))
+        values = read(files, record, positions, state=state)
         if record.format != table.storage.format:
             values = _convert(values, table)
-        table.write(start, values)
+        table.write(piece.start, values)
 
-    in_parallel(threads, fill, range(table.start, table.stop, step))
+    pieces = [range(at, min(at + step, high)) for low, high in cuts for at in range(low, high, step)]
+    in_parallel(threads, fill, pieces)
 
 
 def _convert(values: dict[str, Tensor], table: OwnedTable) -> dict[str, Tensor]:
@@ -179,29 +217,47 @@ def _convert(values: dict[str, Tensor], table: OwnedTable) -> dict[str, Tensor]:
     return {**fields, **state}
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    """``[n, bytes]`` uint8 over the same memory: fp8 tensors cannot be indexed."""
-    return tensor.reshape(len(tensor), -1).view(torch.uint8)
+def _records(tensor: Tensor) -> np.ndarray:
+    """``[n]`` opaque records over the same memory, contiguous: numpy copies them whole, whatever their dtype."""
+    size = math.prod(tensor.shape[1:]) * tensor.element_size()
+    return tensor.reshape(-1).view(torch.uint8).numpy().view(np.dtype((np.void, size)))
 
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """An open file of a checkpoint."""
+    """A file of ``count`` records, mapped into memory for as long as one of its tensors is in use."""
 
     root: Path
     name: str
-    tensors: Any
+    count: int
+    tensors: Mapping[str, Tensor]
 
-    def foreign(self, key: str) -> CheckpointError:
-        return CheckpointError(
-            f"file {self.name} of checkpoint {self.root} does not hold the {key} that its manifest names"
-        )
+    @property
+    def positions(self) -> np.ndarray:
+        """int64, ascending."""
+        return self.tensors[POSITIONS].numpy()
+
+    def field(self, key: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
+        """``[count, *shape]``, or CheckpointError."""
+        tensor = self.tensors.get(key)
+        if tensor is None or tensor.dtype != dtype or list(tensor.shape) != [self.count, *shape]:
+            raise CheckpointError(
+                f"file {self.name} of checkpoint {self.root} does not hold the {key} that its manifest names"
+            )
+        return tensor
+
+    def check_positions(self, item: IncrementRecord) -> None:
+        """CheckpointError unless they are ascending, and from the first to the last that ``item`` states."""
+        positions = self.field(POSITIONS, torch.int64, []).numpy()
+        if positions[0] != item.start or positions[-1] != item.stop - 1 or (positions[1:] <= positions[:-1]).any():
+            raise CheckpointError(
+                f"file {self.name} of checkpoint {self.root} does not hold the positions that its manifest names"
+            )
 
 
-@contextmanager
-def _opened(root: Path, name: str) -> Iterator[_File]:
+def _open(root: Path, name: str, count: int) -> _File:
     try:
-        with safe_open(root / name, framework="pt") as tensors:
-            yield _File(root, name, tensors)
+        with safe_open(root / name, framework="pt") as file:
+            return _File(root, name, count, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"file {name} of checkpoint {root} cannot be read: {error}") from error

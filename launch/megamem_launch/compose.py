@@ -33,6 +33,7 @@ from megamem.parallel.zero import ZeroEngine
 from megamem_checkpoints.checkpointer import Checkpointer
 from megamem_checkpoints.compare import compare_models, differences
 from megamem_checkpoints.directory import find_checkpoint, latest
+from megamem_checkpoints.owned import index_bytes
 from megamem_checkpoints.reader import CheckpointReader
 from megamem_data.loader import build_loader
 from megamem_data.prepared import PreparedData
@@ -88,6 +89,8 @@ class Parts:
     loader: TokenLoader
     validation: TokenLoader | None
     checkpointer: Checkpointer
+    imported: dict[str, Any]
+    """What exports inherit from the Hugging Face model that the run started from; empty where there is none."""
 
     def close(self) -> None:
         """End the threads, and release tables and their files."""
@@ -141,7 +144,13 @@ def build_parts(config: RunConfig, data: PreparedData, groups: Groups) -> Parts:
         fold=fold_of(config, data),
         seed=train.seed,
     )
-    check_host_memory(config.memory, streams, owners=layout.stage_size, device=groups.device)
+    check_host_memory(
+        config.memory,
+        streams,
+        owners=layout.stage_size,
+        device=groups.device,
+        incremental=config.checkpoint.incremental,
+    )
     splits: list[Literal["train", "validation"]] = ["train", "validation"] if train.eval_batches else ["train"]
     loaders = [
         build_loader(
@@ -182,6 +191,7 @@ def build_parts(config: RunConfig, data: PreparedData, groups: Groups) -> Parts:
         loader=loaders[0],
         validation=loaders[1] if train.eval_batches else None,
         checkpointer=Checkpointer(config.run_dir / "checkpoints", config.checkpoint, groups=groups),
+        imported=inherited(config),
     )
 
 
@@ -190,8 +200,16 @@ def kernel_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def check_host_memory(memory: MemoryConfig, streams: Sequence[Stream], *, owners: int, device: torch.device) -> None:
-    """ConfigError where what this stage's tables, spread over ``owners``, want of host memory is not free in this machine.
+def check_host_memory(
+    memory: MemoryConfig,
+    streams: Sequence[Stream],
+    *,
+    owners: int,
+    device: torch.device,
+    incremental: Literal["auto", "on", "off"],
+) -> None:
+    """ConfigError where what this stage's tables, spread over ``owners``, want of host memory is not free in this machine: for
+    their rows and state, and for saving them (``checkpoint.incremental``).
 
     To be called before any rank of the node has allocated its tables.
     """
@@ -200,6 +218,7 @@ def check_host_memory(memory: MemoryConfig, streams: Sequence[Stream], *, owners
     bytes_of_owner, bytes_on_disk, records_on_disk = 0.0, 0.0, 0.0
     for spec in (spec for stream in streams for spec in stream.tables):
         storage = memory.storage_of(spec.name)
+        bytes_of_owner += index_bytes(-(-spec.rows // owners), incremental)
         parts = (
             (storage.tier, row_fields(storage.format, spec.width)),
             (storage.tier_of_state, (*state.state_fields(spec.width), TOUCHED)),
@@ -216,9 +235,9 @@ def check_host_memory(memory: MemoryConfig, streams: Sequence[Stream], *, owners
     if needed > free:
         first = "lower memory.disk.cache_gib" if bytes_on_disk else "set memory.storage.tier or state_tier to disk"
         raise ConfigError(
-            f"memory tables and their optimizer state want {needed:,.1f} GiB of host memory and {free:,.1f} GiB are free in "
-            f"this machine; {first}, lower memory.engram.rows_per_head or width, memory.bank.units or branching, or use more "
-            "machines"
+            f"memory tables, their optimizer state and saving them want {needed:,.1f} GiB of host memory and {free:,.1f} GiB are "
+            f"free in this machine; {first}, lower memory.engram.rows_per_head or width, memory.bank.units or branching, or use "
+            "more machines"
         )
 
 
@@ -226,6 +245,12 @@ def resume_label(config: RunConfig) -> str:
     """What disk tables of an earlier incarnation must have been committed under to be taken over; empty for none."""
     path, resume = initial_checkpoint(config)
     return CheckpointReader(path).label if path is not None and resume else ""
+
+
+def inherited(config: RunConfig) -> dict[str, Any]:
+    """What the checkpoint that the run starts from has of an imported model, see :mod:`megamem_checkpoints.hf.inherited`."""
+    path, _ = initial_checkpoint(config)
+    return dict(CheckpointReader(path).meta.get("imported", {})) if path is not None else {}
 
 
 def checkpoint_meta(parts: Parts, progress: Mapping[str, Any], guard: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,6 +268,7 @@ def checkpoint_meta(parts: Parts, progress: Mapping[str, Any], guard: Mapping[st
         "guard": dict(guard),
         "tokens_seen": progress["tokens_seen"],
         "final_losses": dict(progress["evaluations"]),
+        "imported": parts.imported,
     }
 
 

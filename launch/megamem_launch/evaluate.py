@@ -105,6 +105,7 @@ def harness(
     *,
     include: Path | None,
     batch_size: int,
+    window: int,
     few_shot: int | None,
     limit: int | None,
     routed: bool,
@@ -117,6 +118,7 @@ def harness(
         tasks: Names of tasks, built-in or found below ``include``.
         include: Directory of task files (YAML); their data may be local too.
         batch_size: Sequences per forward pass.
+        window: Longest input.
         few_shot: Examples before each question; None for the task's own number.
         limit: Questions per task; None for all.
         routed: As for :func:`perplexity`; a question reads the blocks of its context.
@@ -136,7 +138,7 @@ def harness(
     if unknown:
         where = f" or in {include}" if include is not None else "; name the directory of its file with --include"
         raise ConfigError(f"there is no task {unknown[0]} in the lm-evaluation-harness{where}")
-    language_model = RoutedModel(model, tokenizer, batch_size=batch_size, routed=routed)
+    language_model = RoutedModel(model, tokenizer, batch_size=batch_size, window=window, routed=routed)
     results = simple_evaluate(
         language_model,
         tasks=list(tasks),

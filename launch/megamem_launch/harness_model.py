@@ -36,12 +36,12 @@ class RoutedModel(HFLM):
     the whole text, whatever the window. Requests are evaluated in groups that read the same blocks.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, routed: bool) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, window: int, routed: bool) -> None:
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=batch_size,
-            max_length=model.config.max_position_embeddings,
+            max_length=window,
         )
         self._routed = routed
         self._path: torch.Tensor | None = None

@@ -17,10 +17,10 @@ class Saver:
         self._rank = parts.groups.coordinates.rank
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of the state after ``step`` steps, or begin to, when an earlier one is complete. Collective.
+        """Write a checkpoint of the state after ``step`` steps, or begin to, when an earlier one has ended. Collective.
 
         Raises:
-            CheckpointError: this one, or the one before it, was not written.
+            CheckpointError: this one was not written. That the one before it was not is an event.
         """
         parts = self._parts
         try:
@@ -49,7 +49,7 @@ class Saver:
                 self._observer.event("checkpoint_failed", outcome.step, str(outcome.error))
 
     def wait(self) -> None:
-        """Return when nothing is being written any more. Collective; errors as in :meth:`save`."""
+        """Return when nothing is being written any more. Collective; CheckpointError where the last one was not written."""
         try:
             self._parts.checkpointer.wait()
         finally:

@@ -3,6 +3,7 @@ before a row that was not read yet is updated, its old record goes to a temporar
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ class Snapshot:
         count = table.stop - table.start
         self._where = np.zeros(count, dtype=np.min_scalar_type(-count - 1))
         """Per row: 0 as it was, n the n-th record of the file, or that it was read."""
-        self._log = _Log(folder)
+        self._log = _Log(folder, table.record_bytes)
         self._failure: OSError | None = None
         self._untouched = True
 
@@ -70,7 +71,7 @@ class Snapshot:
             raise ValueError("a position of a snapshot is read once")
         kept = np.flatnonzero(where)
         if len(kept):
-            old = self._log.read(where[kept].astype(np.int64) - 1, sum(view.shape[1] for view in _views(content)))
+            old = self._log.read(where[kept].astype(np.int64) - 1)
             at = 0
             for view in _views(content):
                 view[kept] = old[:, at : at + view.shape[1]]
@@ -102,7 +103,8 @@ class Snapshot:
 
         Args:
             label: Of the checkpoint that holds what was read. Disk files are committed under it, unless rows were updated
-                meanwhile: then they are no more what the checkpoint is.
+                meanwhile: then they are no more what the checkpoint is, and an earlier commit is given up, since a resume takes
+                the newer checkpoint.
 
         Raises:
             TierError: disk files cannot be committed.
@@ -113,40 +115,43 @@ class Snapshot:
                 return
             table.snapshot_taken = None
             self._log.close()
-            if label and self._untouched:
-                table.commit(label)
+            if label:
+                table.commit(label if self._untouched else "")
 
 
 class _Log:
     """Records of one size, numbered from 0, in a file that has no name and ends with the process."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, record_bytes: int) -> None:
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by close()
+        self._record_bytes = record_bytes
         self._records = 0
+        self._mapped = np.empty((0, record_bytes), dtype=np.uint8)
+        """Of the records that there were when one beyond it was last read."""
 
     def append(self, content: np.ndarray) -> int:
-        """Write uint8 ``[n, bytes]``; returns the number of the first."""
+        """Write uint8 ``[n, record_bytes]``; returns the number of the first."""
         first, rest = self._records, content.reshape(-1).data
-        at = first * content.shape[1]
+        at = first * self._record_bytes
         while rest:
             done = os.pwrite(self._file.fileno(), rest, at)
             rest, at = rest[done:], at + done
         self._records += len(content)
         return first
 
-    def read(self, numbers: np.ndarray, record_bytes: int) -> np.ndarray:
-        """Records ``numbers`` int64 ``[n]``: uint8 ``[n, record_bytes]``. Neighbours are read at once."""
-        out = np.empty((len(numbers), record_bytes), dtype=np.uint8)
-        order = np.argsort(numbers)
-        for run in np.split(order, np.flatnonzero(np.diff(numbers[order]) != 1) + 1):
-            offset, size = int(numbers[run[0]]) * record_bytes, len(run) * record_bytes
-            data = os.pread(self._file.fileno(), size, offset)
-            if len(data) != size:
-                raise OSError(f"the file of old records ends at byte {offset + len(data)}")
-            out[run] = np.frombuffer(data, dtype=np.uint8).reshape(len(run), record_bytes)
-        return out
+    def read(self, numbers: np.ndarray) -> np.ndarray:
+        """Records ``numbers`` int64 ``[n]``: uint8 ``[n, record_bytes]``. Other threads run meanwhile."""
+        mapped = self._mapped
+        if numbers.max() >= len(mapped):
+            area = mmap.mmap(self._file.fileno(), self._records * self._record_bytes, prot=mmap.PROT_READ)
+            area.madvise(mmap.MADV_RANDOM)  # pages that had to leave memory come back one by one
+            mapped = self._mapped = np.frombuffer(area, dtype=np.uint8).reshape(-1, self._record_bytes)
+        out = np.empty((len(numbers), self._record_bytes), dtype=np.uint8)
+        # A mode other than "raise" lets take() write straight into out.
+        return np.take(mapped, numbers, axis=0, out=out, mode="clip")
 
     def close(self) -> None:
+        self._mapped = self._mapped[:0].copy()
         self._file.close()
 
 

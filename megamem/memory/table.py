@@ -279,7 +279,8 @@ class OwnedTable:
         return total
 
     def commit(self, label: str) -> None:
-        """Let a later process find what disk files hold now under ``label``, the checkpoint that has just been written.
+        """Let a later process find what disk files hold now under ``label``, the checkpoint that has just been written; with an
+        empty one, let it find nothing.
 
         Raises:
             TierError: the files cannot be written.

@@ -8,7 +8,7 @@ convolutions can cross with nothing but their left neighbours' last tokens.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import logging
 from typing import Any
 
@@ -26,6 +26,7 @@ from megamem.models.config import ModelConfig
 from megamem.models.micro import MicroContext
 
 logger = logging.getLogger(__name__)
+_FLASH_VERSION = (2, 1)  # from here on, causal masks of fewer queries than keys end at the last key
 _FLASH_HEAD_DIM = 256  # the widest head that flash-attn 2 has kernels for
 
 
@@ -44,8 +45,12 @@ def choose_backend(model: ModelConfig, device: torch.device, dtype: torch.dtype)
 def _flash_obstacle(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cuda":
         return "there is no CUDA device"
-    if importlib.util.find_spec("flash_attn") is None:
+    try:
+        version = importlib.metadata.version("flash_attn")
+    except importlib.metadata.PackageNotFoundError:
         return "flash-attn is not installed"
+    if tuple(map(int, version.split(".")[:2])) < _FLASH_VERSION:
+        return f"flash-attn {version} is older than {'.'.join(map(str, _FLASH_VERSION))}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"flash-attn does not compute in {str(dtype).removeprefix('torch.')}"
     if model.head_dim > _FLASH_HEAD_DIM:
@@ -110,7 +115,7 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, context: MicroContext | None
     Shapes as in :meth:`CoreAttention.forward`, but keys and values ``[stop, b, groups, d]`` are those of all positions up to
     the last query.
     """
-    mask = None if context is None else context.attention_mask
+    mask = None if context is None else context.attention_mask(query.dtype)
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1 and mask is not None and mask.is_cuda:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,6 +46,7 @@ class MicroContext(PackedSeqParams):
     """Which of :attr:`parts` of every sequence this rank holds: its place in the context-parallel group."""
     parts: int = 1
     """Contiguous parts of equal length that sequences are cut into: the size of the context-parallel group."""
+    _attention_masks: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.qkv_format = "sbhd"
@@ -105,15 +106,22 @@ class MicroContext(PackedSeqParams):
         """Whether every sequence is one document, so that causality alone says what attention may see."""
         return len(self.document_starts) == len(self.document_ids) + 1
 
-    @cached_property
-    def attention_mask(self) -> Tensor | None:
-        """``[b, 1, queries, keys]`` bool, True where a query of the part may see a key, of which there are those up to the end
-        of the part; None where :attr:`is_causal` and the part is the whole."""
+    def attention_mask(self, dtype: torch.dtype) -> Tensor | None:
+        """``[b, 1, queries, keys]`` of ``dtype``, to be added to scores: 0 where a query of the part may see a key, of which there
+        are those up to the end of the part, and minus infinity elsewhere. None where :attr:`is_causal` and the part is the whole.
+
+        The same tensor in every call: SDPA would turn a mask of bools into one of these per layer, and keep each for backward.
+        """
         if self.is_causal and self.parts == 1:
             return None
-        part = self.positions
-        queries, keys = self.document_ids[:, part, None], self.document_ids[:, None, : part.stop]
-        return (queries == keys).tril(part.start)[:, None]
+        if dtype not in self._attention_masks:
+            part = self.positions
+            queries, keys = self.document_ids[:, part, None], self.document_ids[:, None, : part.stop]
+            hidden = (queries == keys).tril(part.start).logical_not()[:, None]
+            self._attention_masks[dtype] = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+                hidden, -torch.inf
+            )
+        return self._attention_masks[dtype]
 
 
 def _document_starts(document_ids: np.ndarray) -> np.ndarray:

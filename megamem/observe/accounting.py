@@ -1,8 +1,9 @@
 """Memory of one rank by part and place, told before the first step: what is allocated, and estimates of what will be.
 
 Keys are ``PART_PLACE``. Parts: ``parameters``, ``gradients`` (as they accumulate), ``optimizer`` (fp32 master weights and
-moments), ``tables`` (rows and their state), ``activations``, ``buffers`` (gradient reduction, working sets of rows). Places:
-``device``, ``host``, ``disk``; without an accelerator everything that would be on one is in host memory.
+moments), ``tables`` (rows and their state), ``activations`` (an estimate), ``buffers`` (gradient reduction, and estimates of the
+working sets of rows and of what saving takes per row). Places: ``device``, ``host``, ``disk``; without an accelerator everything
+that would be on one is in host memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PARTS = ("parameters", "gradients", "optimizer", "tables", "activations", "buffers")
+ESTIMATES = {"activations": "estimate", "buffers": "partly estimate"}
+"""Parts that are not read off what is allocated, and how the printed table says so."""
 PLACES = ("device", "host", "disk")
 _FP32 = 4
 _DOCUMENTS_PER_SEQUENCE = 2
@@ -63,6 +66,8 @@ class Work:
     recompute: Recompute
     device: str
     """``cuda`` or ``cpu``."""
+    attention: str
+    """``sdpa`` or ``flash``, from :func:`megamem.models.attention.choose_backend`."""
 
 
 def account(
@@ -126,27 +131,33 @@ def activation_bytes(work: Work, model: ModelConfig, memory: MemoryConfig, layou
 
     where the second and third are divided by the tensor-parallel size and the first only under sequence parallelism. A layer of
     experts keeps ``2h + 3f`` for each of a token's routed experts, taken as evenly spread. An Engram of ``e`` concatenated
-    columns keeps ``2e`` (one in fp32) and ``6h``, a bank of ``u`` units ``5u + h``, both for the rank's slice of the sequence.
-    The last stage adds ``2h`` and ``v`` logits, plain and as fp32 probabilities. The core attention keeps nothing of
-    the size of the sequence squared (flash-attn, SDPA's memory-efficient kernels); context parallelism adds the keys and values
-    of the whole sequence.
+    columns keeps ``2e`` (one in fp32) and ``6h``, a bank of ``u`` units ``5u + h``, both for the rank's slice of the sequence,
+    and ``3uh`` for each document of a micro-batch, taken as two per sequence. The last stage adds ``2h`` and ``v`` logits, plain
+    and as fp32 probabilities. Of the size of the sequence squared flash-attn keeps nothing; SDPA keeps the mask of packed
+    documents, once per micro-batch, and on CUDA wants as many key heads as query heads beside it. Context parallelism adds the
+    keys and values of the whole sequence.
 
-    ``recompute`` ``selective`` leaves out the attention's output (once) and what memories keep beyond their input; ``full``
-    keeps the ``h`` of every layer and all of one layer. A stage of a 1F1B pipeline keeps ``pp - stage`` micro-batches at most,
-    an interleaved one ``2 (pp - stage - 1) + (vpp - 1) pp + 1`` chunks of its layers.
+    ``recompute`` ``selective`` leaves out what the core attention keeps beyond its input and memories beyond theirs; ``full``
+    keeps the ``h`` of every layer, and all of the one layer that backward is in. A stage of a 1F1B pipeline keeps ``pp - stage``
+    micro-batches at most, an interleaved one ``2 (pp - stage - 1) + (vpp - 1) pp + 1`` chunks of its layers, of ``2 pp``
+    micro-batches at most.
     """
     tokens = work.micro_batch_size * work.seq_length // layout.cp
     layers = layout.stage_layers(model.num_layers, stage)
     per_layer = [_layer_bytes(work, model, memory, layout, layer) for layer in layers]
-    kept = sum(per_layer)
     if work.recompute == "full":
-        kept = len(layers) * model.hidden_size * work.element_bytes / _stream_shards(work, layout) + max(per_layer)
-    chunks = work.micro_batches * layout.vpp
-    if layout.vpp > 1:
-        chunks = min(chunks, 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1)
+        stream = len(layers) * model.hidden_size * work.element_bytes / _stream_shards(work, layout)
+        kept, rebuilt = stream, max(per_layer)
     else:
-        chunks = min(chunks, layout.pp - stage)
-    total = kept * chunks / layout.vpp
+        kept, rebuilt = sum(per_layer), 0.0
+    if layout.vpp > 1:
+        chunks = 2 * (layout.pp - stage - 1) + (layout.vpp - 1) * layout.pp + 1
+        micro_batches = min(work.micro_batches, 2 * layout.pp)
+    else:
+        chunks = micro_batches = min(work.micro_batches, layout.pp - stage)
+    total = kept * min(chunks, work.micro_batches * layout.vpp) / layout.vpp + rebuilt
+    if work.attention == "sdpa":
+        total += work.seq_length * work.element_bytes * micro_batches  # the last part sees the keys of all
     if stage == layout.pp - 1:
         w, shards = work.element_bytes, _stream_shards(work, layout)
         total += model.hidden_size * (_FP32 + w) / shards + model.padded_vocab_size * (_FP32 + w) / layout.tp
@@ -162,11 +173,14 @@ def _layer_bytes(work: Work, model: ModelConfig, memory: MemoryConfig, layout: L
     """Bytes per token that one layer keeps without recompute, or with ``selective``."""
     w, h = work.element_bytes, model.hidden_size
     q, k = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
+    seen = (
+        q if work.attention == "sdpa" and work.device == "cuda" else k
+    )  # keys that one part of the sequence attends with
     selective = work.recompute == "selective"
 
     stream = 2 * h * (_FP32 + w)
-    attention = (q + k) * (_FP32 if model.qk_layernorm else 0) + (q + 2 * k) * w + q * w * (1 if selective else 2)
-    attention += 2 * k * w * (layout.cp - 1)
+    attention = (q + k) * (_FP32 if model.qk_layernorm else 0)
+    attention += (2 * q + 2 * k if selective else 3 * q + 2 * seen * layout.cp) * w
     total = stream / _stream_shards(work, layout) + attention / layout.tp
     if layer in model.moe.layers:
         moe = model.moe
@@ -179,7 +193,10 @@ def _layer_bytes(work: Work, model: ModelConfig, memory: MemoryConfig, layout: L
         columns = len(engram.orders) * engram.heads * engram.width
         total += (h * w if selective else columns * (_FP32 + w) + 6 * h * w) / layout.tp
     if memory.bank.enabled and (not memory.bank.layers or layer in memory.bank.layers):
-        total += (h if selective else 5 * sum(memory.bank.units) + h) * w / layout.tp
+        units = sum(memory.bank.units)
+        total += (h if selective else 5 * units + h) * w / layout.tp
+        if not selective:
+            total += _DOCUMENTS_PER_SEQUENCE * layout.cp / work.seq_length * 3 * units * h * w
     return total
 
 
@@ -212,7 +229,7 @@ def render(own: Mapping[str, int], most: Mapping[str, int], *, most_total: Mappi
     table.add_column("rank 0", justify="right")
     table.add_column("most of any rank", justify="right")
     for part in PARTS:
-        label = f"{part} (estimate)" if part == "activations" else part
+        label = f"{part} ({ESTIMATES[part]})" if part in ESTIMATES else part
         for place in PLACES:
             if most.get(key := f"{part}_{place}"):
                 table.add_row(label, place, format_bytes(own.get(key, 0)), format_bytes(most[key]))

@@ -83,7 +83,7 @@ def _build(*, announce: bool) -> str:
     try:
         with _bundled_ninja():
             directory = Path(cpp_extension._get_build_directory(CPUAdamBuilder.NAME, False))
-            _wait_for_other_build(directory / "lock")
+            _wait_for_other_build(directory / "lock", announce)
             if announce and not (directory / f"{CPUAdamBuilder.NAME}.so").exists():
                 print(
                     "building DeepSpeed's CPU Adam (once per machine, about a minute)...", file=sys.stderr, flush=True
@@ -96,12 +96,19 @@ def _build(*, announce: bool) -> str:
     return ""
 
 
-def _wait_for_other_build(lock: Path) -> None:
-    """torch waits for ever for a lock that a killed process has left."""
+def _wait_for_other_build(lock: Path, announce: bool) -> None:
+    """torch itself waits for ever, and silently, for a lock that a killed process has left."""
+    if announce and lock.exists():
+        print(
+            f"waiting for another build of DeepSpeed's CPU Adam ({lock}), {_OTHER_BUILD_SECONDS:.0f} s at most; if none is "
+            "running, delete that file...",
+            file=sys.stderr,
+            flush=True,
+        )
     deadline = time.monotonic() + _OTHER_BUILD_SECONDS
     while lock.exists():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{lock} was left by a build that did not end; remove it")
+            raise TimeoutError(f"{lock} was left by a build that did not end; delete this file to build again")
         time.sleep(0.1)
 
 

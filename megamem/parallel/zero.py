@@ -71,14 +71,14 @@ class ZeroEngine:
         self.notice = ""
         """What the user should know about how the optimizer runs; empty for nothing."""
         trainable = [param for param in module.parameters() if param.requires_grad]
-        partition = PartitionGroups.of_stage(self._stage, groups)
-        expert_group = register_experts(trainable, groups, partition)
+        self._partition = PartitionGroups.of_stage(self._stage, groups)
+        expert_group = register_experts(trainable, groups, self._partition)
         adam = self._create_adam(_parameter_groups(trainable, optimizer.weight_decay, expert_group), optimizer)
         self._engine = create_engine(
             module,
             adam,
             groups=groups,
-            partition=partition,
+            partition=self._partition,
             stage=self._stage,
             offload=self._offload,
             precision=precision,
@@ -140,6 +140,9 @@ class ZeroEngine:
         """
         if self._stream is not None:
             self._stream.finish()
+            layout = self._groups.layout
+            if layout.tp * layout.cp * layout.ep * layout.etp > 1:
+                self._stream.check_alike(self._groups)
             self._zero.finalize_gradient_accumulation_boundary()
         else:
             self._reduce_accumulated()
@@ -226,10 +229,11 @@ class ZeroEngine:
         return zero_memory(self.module, self._zero, stage=self._stage, device=self._groups.device)
 
     def close(self) -> None:
-        """Remove the hooks from the module."""
+        """Remove the hooks from the module, and the groups that only this engine uses."""
         if self._stream is not None:
             self._stream.close()
         self._engine.destroy()
+        self._partition.close()
 
     def _gradient(self, param: nn.Parameter) -> torch.Tensor:
         gradient = self._zero.get_gradient_for_reduction(param)

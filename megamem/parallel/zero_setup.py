@@ -27,6 +27,8 @@ class PartitionGroups:
 
     dense: dist.ProcessGroup
     expert: dist.ProcessGroup
+    owned: tuple[dist.ProcessGroup, ...] = ()
+    """Made for these, and not of megatron's."""
 
     @classmethod
     def of_stage(cls, stage: int, groups: Groups) -> PartitionGroups:
@@ -34,7 +36,12 @@ class PartitionGroups:
         if stage:
             return cls(groups.dp_cp, groups.expert_dp)
         alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        return cls(alone, alone)
+        return cls(alone, alone, owned=(alone,))
+
+    def close(self) -> None:
+        """Destroy the groups that were made for these."""
+        for group in self.owned:
+            dist.destroy_process_group(group)
 
 
 def create_engine(

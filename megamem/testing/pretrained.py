@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCABULARY = 262
@@ -47,7 +47,14 @@ def config_of(family: str, **changes: Any) -> Any:
     return AutoConfig.for_model(family, **common | FAMILIES[family] | changes)
 
 
-def write_pretrained(folder: Path, family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def write_pretrained(
+    folder: Path,
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    tokenizer: Literal["bytes", "metaspace"] = "bytes",
+    **changes: Any,
+) -> Any:
     """Save a random model, in several files, and its tokenizer; returns it. ``changes`` are settings of its configuration."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_of(family, **changes)).to(dtype)
@@ -56,12 +63,16 @@ def write_pretrained(folder: Path, family: str, dtype: torch.dtype = torch.float
             if "norm" in name:
                 parameter.normal_(1.0, 0.1)
     model.save_pretrained(folder, max_shard_size="20KB")
-    write_tokenizer(folder)
+    write_tokenizer(folder, tokenizer)
     return model.eval()
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Bytes, and four special tokens after them."""
+def write_tokenizer(folder: Path, kind: Literal["bytes", "metaspace"] = "bytes") -> None:
+    """``bytes``: bytes, and four special tokens after them. ``metaspace``: what Llama 2, TinyLlama and Mixtral ship, whose class
+    builds another tokenizer than ``tokenizer.json`` describes; it puts a token in front of texts, and token 2 ends them."""
+    if kind == "metaspace":
+        _write_metaspace(folder)
+        return
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: token for token, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -69,4 +80,27 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.add_special_tokens(["<|pad|>", "<|end|>", "<|user|>", "<|begin|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def _write_metaspace(folder: Path) -> None:
+    special = ["<unk>", "<s>", "</s>"]
+    entries = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁▁"]
+    vocabulary = {entry: token for token, entry in enumerate(entries)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("▁", "▁")], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(entry, special=True, normalized=False) for entry in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "add_bos_token": True,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "legacy": False,
+        "tokenizer_class": "LlamaTokenizer",
+        "unk_token": "<unk>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")

@@ -81,7 +81,8 @@ class Trainer:
     _ahead: deque[tuple[StepBatch, Ticket]] = field(default_factory=deque, init=False)
     """Steps whose rows are on their way, the next one first."""
     _saving_seconds: float = field(default=0.0, init=False)
-    """Time spent in :attr:`save` since the last step was reported."""
+    """Time spent in :attr:`save` since the last step was reported: ``checkpoint_seconds`` of the step after a save. No step comes
+    after the last save of a run, whose time, with the wait for the disk, is not in that metric."""
 
     def __post_init__(self) -> None:
         self.guard = LossGuard(self.config)

@@ -27,7 +27,7 @@ from megamem.parallel.layout import Layout
 from megamem.testing.distributed import run_distributed
 from megamem.train.config import Recompute
 
-SEQUENCE, MICRO_BATCHES = 12, 4
+SEQUENCE = 12
 
 SHAPE: dict = {
     "num_layers": 4,
@@ -48,6 +48,7 @@ MODELS = {
     "softmax-alltoall": ModelConfig(
         **SHAPE, moe=MoEConfig(**MOE, shared_expert_hidden_size=12, token_dispatcher="alltoall")
     ),
+    "six-layers": ModelConfig(**SHAPE | {"num_layers": 6}),
     "sigmoid": ModelConfig(**SHAPE, moe=MoEConfig(**MOE, router="sigmoid_bias")),
     "sigmoid-alltoall": ModelConfig(**SHAPE, moe=MoEConfig(**MOE, router="sigmoid_bias", token_dispatcher="alltoall")),
 }
@@ -89,21 +90,24 @@ def one_step(layout: Layout, model: ModelConfig, sequence_parallel: bool, recomp
     )
     weights = {e.name: gather(e, e.local, groups).numpy().copy() for e in canonical_entries(gpt, groups)}
 
-    own = [micro_batch(i) for i in range(groups.coordinates.dp, MICRO_BATCHES, layout.dp)]
-    counted = sum(float(micro_batch(i).loss_mask.sum()) for i in range(MICRO_BATCHES))
+    count = model.num_layers  # interleaving wants a multiple of the stages
+    own = [micro_batch(i) for i in range(groups.coordinates.dp, count, layout.dp)]
+    counted = sum(float(micro_batch(i).loss_mask.sum()) for i in range(count))
 
     def forward(iterator: Iterator[MicroBatch], gpt: GPTModel) -> tuple[torch.Tensor, Callable]:
         micro = next(iterator)
+        context = MicroContext.from_batch(micro, groups.device, part=groups.coordinates.cp, parts=layout.cp)
+        part = context.positions
         loss = gpt(
-            torch.from_numpy(micro.tokens),
-            torch.arange(SEQUENCE).expand(2, SEQUENCE),
+            torch.from_numpy(micro.tokens[:, part]),
+            torch.arange(part.start, part.stop).expand(2, -1),
             None,
-            labels=torch.from_numpy(micro.labels),
-            packed_seq_params=MicroContext.from_batch(micro, groups.device),
+            labels=torch.from_numpy(micro.labels[:, part]),
+            packed_seq_params=context,
         )
 
         def scaled(loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            total = (loss * torch.from_numpy(micro.loss_mask)).sum()
+            total = (loss * torch.from_numpy(micro.loss_mask[:, part])).sum()
             return total * (layout.dp * len(own) / counted), total.detach()
 
         return loss, scaled
@@ -142,8 +146,8 @@ def _reduce(gpt: nn.ModuleList, groups: Groups) -> None:
         if getattr(parameter, "sequence_parallel", False) or getattr(parameter, "grad_partial_over_tp", False):
             dist.all_reduce(parameter.grad, group=groups.tp)
         expert = not getattr(parameter, "allreduce", True)
-        dist.all_reduce(parameter.grad, group=groups.expert_dp if expert else groups.dp)
-        parameter.grad /= groups.layout.dp
+        dist.all_reduce(parameter.grad, group=groups.expert_dp if expert else groups.dp_cp)
+        parameter.grad /= groups.layout.dp * groups.layout.cp
     if groups.layout.pp > 1:
         for parameter in gpt.parameters():
             if getattr(parameter, "shared_embedding", False):
@@ -173,6 +177,9 @@ CASES = [
     ("softmax", Layout(4, pp=2, ep=2), False),
     ("tied", Layout(2, pp=2, vpp=2), False),
     ("softmax", Layout(4, tp=2, pp=2, vpp=2), True),
+    ("six-layers", Layout(3, pp=3, vpp=2), False),
+    ("softmax", Layout(2, cp=2), False),
+    ("sigmoid-alltoall", Layout(4, cp=2, ep=2), False),
     ("sigmoid", Layout(3, pp=3, last_stage_layers=2), False),
     ("tied", Layout(2, pp=2, first_stage_layers=1), False),
     ("untied", Layout(2, pp=2, first_stage_layers=1, last_stage_layers=3), False),
@@ -188,7 +195,15 @@ CASES = [
 def _label(layout: Layout) -> str:
     uneven = layout.first_stage_layers or layout.last_stage_layers
     ends = f"-{layout.first_stage_layers}..{layout.last_stage_layers}" if uneven else ""
-    sizes = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "dp": layout.dp, "ep": layout.ep, "etp": layout.etp}
+    sizes = {
+        "tp": layout.tp,
+        "cp": layout.cp,
+        "pp": layout.pp,
+        "vpp": layout.vpp,
+        "dp": layout.dp,
+        "ep": layout.ep,
+        "etp": layout.etp,
+    }
     return "-".join(f"{name}{size}" for name, size in sizes.items()) + ends
 
 

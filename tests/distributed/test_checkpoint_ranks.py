@@ -272,11 +272,20 @@ def save_in_background(layout: Layout, directory: Path) -> list[str]:
         start(5)
     except CheckpointError as error:
         rng_error = str(error)
-    rng.write = write
-    if "No space left on device (rank 1)" not in rng_error:
-        wrong.append(f"an error in the background arrived as {rng_error!r}")
+    if "step 5 was not written" not in rng_error or "No space left on device (rank 1)" not in rng_error:
+        wrong.append(f"a second error arrived as {rng_error!r}")
     if run.checkpointer.latest() != directory / "step_00000003":
         wrong.append("the failed save left something behind")
+    start(6)
+    assert run.checkpointer._running is not None
+    if run.checkpointer._running[1].exception() is None:
+        wrong.append("the save of step 6 did not fail")
+    rng.write = write
+    run.checkpointer.config.keep = 3
+    start(7)  # goes on, though the one before failed
+    outcomes = {outcome.step: outcome.error for outcome in run.checkpointer.ended()}
+    if outcomes.pop(7, wrong) is not None or set(outcomes) != {4, 5, 6} or None in outcomes.values():
+        wrong.append(f"saves ended as {outcomes}")
     run.checkpointer.close()
     dist.barrier()
     return wrong

@@ -1,6 +1,6 @@
 """The same run under many layouts: losses and table contents equal those of one process.
 
-With ``MEGAMEM_WRITE_LAYOUT_TABLE=docs/layouts.md`` a run of all cases writes what it measured there.
+With ``MEGAMEM_WRITE_LAYOUT_TABLE=1`` a run writes what it measured into ``docs/layouts.md``; rows of other cases stay.
 """
 
 from __future__ import annotations
@@ -55,12 +55,16 @@ ETP2 = "parallel.expert_tensor_parallel_size=2"
 ALLTOALL = "model.moe.token_dispatcher=alltoall"
 SELECTIVE = "train.recompute=selective"
 FULL = "train.recompute=full"
+BF16 = "train.precision=bf16"
 MICRO2 = "train.micro_batch_size=2"
 ZERO0 = "optimizer.zero_stage=0"
 ZERO2 = "optimizer.zero_stage=2"
+HOST = "optimizer.offload=host"
 
 SQRT_GATE = "memory.engram.sqrt_gate=true"
 MIDDLE = "memory.engram.layers=[1, 2]"
+SECOND = "memory.engram.layers=[1]"
+NO_BANK = "memory.bank.units=[]"
 UNTIED = "model.untie_embeddings_and_output_weights=true"
 SIGMOID = "model.moe.router=sigmoid_bias"
 ADAGRAD = "memory.optimizer.name=rowwise_adagrad"
@@ -84,10 +88,15 @@ LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
     "pp2-untied": (2, [PP], [UNTIED]),
     "pp2-uneven": (2, [PP, FIRST1], []),
     "pp2-vpp2": (2, [PP, VPP], [AUX]),
+    "pp2-vpp2-micro2": (2, [PP, VPP, MICRO2], [DENSE]),
     "pp2-vpp2-untied-full": (2, [PP, VPP, FULL], [UNTIED]),
     "pp3-uneven-middle": (3, [PP3, LAST2], [MIDDLE]),
     "pp4-middle": (4, [PP4], [MIDDLE]),
+    "pp4-one-table": (4, [PP4], [SECOND, NO_BANK]),
     "cp2": (2, [CP], []),
+    "cp2-micro2": (2, [CP, MICRO2], [DENSE]),
+    "cp2-zero2": (2, [CP, ZERO2], []),
+    "cp2-host": (2, [CP, HOST], []),
     "cp4": (4, [CP4], [DENSE]),
     "cp2-dp2": (4, [CP], [AUX]),
     "cp2-tp2": (4, [CP, TP], [DENSE]),
@@ -117,8 +126,10 @@ SLOW = {
     "dp2-sqrt",
     "tp2-sp",
     "pp2-untied",
+    "pp2-vpp2-micro2",
     "pp2-vpp2-untied-full",
     "pp4-middle",
+    "cp2-host",
     "cp4",
     "cp2-tp2",
     "cp2-pp2",
@@ -129,7 +140,7 @@ SLOW = {
     "tp2-ep2",
     "tp2-pp2",
     "tp2-pp2-sqrt",
-    "tp2-pp2-vpp2-ep2-full",
+    "cp2-tp2-pp2-vpp2-ep2-full",
 }
 """Cases whose parts others cover together."""
 
@@ -215,6 +226,7 @@ def reference_of(references: References, model: list[str], data: Path) -> Refere
     return references[tuple(model)]
 
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "layouts.md"
 REST = "\n## What is refused"
 
 
@@ -223,11 +235,18 @@ def measured() -> Iterator[dict[str, tuple[float, float, float]]]:
     """Deviations of each case: relative of losses and norms, absolute of tables; written down where the environment asks."""
     deviations: dict[str, tuple[float, float, float]] = {}
     yield deviations
-    path = os.environ.get("MEGAMEM_WRITE_LAYOUT_TABLE")
-    if path:
-        assert deviations.keys() == LAYOUTS.keys(), "a table wants all cases, the slow ones too"
-        kept = Path(path).read_text().partition(REST)[2] if Path(path).exists() else ""
-        Path(path).write_text(document(deviations) + REST + kept)
+    if os.environ.get("MEGAMEM_WRITE_LAYOUT_TABLE"):
+        rows = written_rows() | {name: row(name, measures) for name, measures in deviations.items()}
+        kept = DOCUMENT.read_text().partition(REST)[2]
+        DOCUMENT.write_text(document([rows[name] for name in LAYOUTS if name in rows]) + REST + kept)
+
+
+def test_the_document_has_a_row_for_every_case() -> None:
+    rows = written_rows()
+    assert list(rows) == list(LAYOUTS)
+    for name, text in rows.items():
+        assert text.startswith(settings_of(name)), f"{name} has other settings now: measure it again"
+    assert DOCUMENT.read_text().partition(REST)[0] == document(list(rows.values()))
 
 
 @pytest.mark.parametrize(
@@ -262,6 +281,17 @@ def test_layout_trains_like_one_process(
         torch.testing.assert_close(tables[table], rows, rtol=1e-4, atol=1e-5, msg=lambda m, t=table: f"{t}: {m}")
 
 
+def test_bf16_trains_like_one_bf16_process(references: References, prepared_tiny: Path) -> None:
+    """Sums in another order round differently: 3e-5 of the loss and 3e-3 of the norm were measured."""
+    expected = reference_of(references, [BF16], prepared_tiny)
+    for run in run_distributed(train, 4, [TP, SP, BF16], str(prepared_tiny)):
+        assert run.losses == pytest.approx(expected.losses, rel=1e-3)
+        assert run.evaluations == pytest.approx(expected.evaluations, rel=1e-3)
+        assert run.norms == pytest.approx(expected.norms, rel=2e-2)
+    exact = reference_of(references, [], prepared_tiny)
+    assert deviation(expected.losses, exact.losses) > 1e-5, "both ran in fp32"
+
+
 @pytest.mark.parametrize("recompute", [SELECTIVE, FULL])
 def test_recompute_changes_no_bit(recompute: str, references: References, prepared_tiny: Path) -> None:
     """Losses, norms and tables of a run with every kind of memory and a mixture of experts."""
@@ -277,26 +307,43 @@ def deviation(values: list[float], expected: list[float]) -> float:
     return max(abs(value - other) / abs(other) for value, other in zip(values, expected, strict=True))
 
 
-def document(measured: dict[str, tuple[float, float, float]]) -> str:
+def settings_of(name: str) -> str:
+    """A row of the table up to what was measured."""
+    ranks, layout, model = LAYOUTS[name]
+    settings = (", ".join(f"`{item.partition('.')[2]}`" for item in items) for items in (layout, model))
+    return " | ".join([f"| {name}", str(ranks), *settings]) + " | "
+
+
+def row(name: str, measures: tuple[float, float, float]) -> str:
+    """A row of the table."""
+    return settings_of(name) + " | ".join(f"{measure:.0e}" for measure in measures) + " |"
+
+
+def written_rows() -> dict[str, str]:
+    """Rows of the table that is there, by case."""
+    lines = DOCUMENT.read_text().partition(REST)[0].splitlines()
+    rows = [line for line in lines if line.startswith("| ") and not line.startswith("| case")]
+    return {line.split(" | ")[0].removeprefix("| "): line for line in rows}
+
+
+def document(rows: list[str]) -> str:
     """``docs/layouts.md`` up to what is refused."""
     lines = [
         "# Layouts that are tested against one process",
         "",
-        "Written by `MEGAMEM_WRITE_LAYOUT_TABLE=docs/layouts.md pytest tests/distributed/test_layout_parity.py`, which trains the",
-        f"same run of {STEPS} optimizer steps in fp32 on gloo ranks of one machine and on one process. Unless its settings say",
-        "otherwise a case has packed documents, Engram layers and banks, a mixture of experts with a shared expert, tied",
-        "embeddings, prefetch and ZeRO-1.",
+        "Written by `MEGAMEM_WRITE_LAYOUT_TABLE=1 pytest tests/distributed/test_layout_parity.py`, which trains the same run of",
+        f"{STEPS} optimizer steps in fp32 on gloo ranks of one machine and on one process. Unless its settings say otherwise",
+        "a case has packed documents, Engram layers and banks, a mixture of experts with a shared expert, tied embeddings,",
+        "prefetch and ZeRO-1.",
         "",
         "Held: losses of steps and of evaluations (with memories and with all of them blocked) within 1e-4 of one process,",
         "gradient norms within 1e-3, table rows within 1e-5 + 1e-4 of their size. The table shows the largest deviation over all",
         "steps, ranks and rows, relative for losses and norms. Cases with `memory.engram.sqrt_gate` are held to 1e-3 in their",
-        "tables: the slope of the root is up to 500 near a score of zero.",
+        "tables: the slope of the root is up to 500 near a score of zero. In bf16, TP2·DP2 is held to losses within 1e-3",
+        "of one process.",
         "",
         "| case | ranks | layout | model | losses | norms | tables |",
         "|---|---|---|---|---|---|---|",
+        *rows,
     ]
-    for name, deviations in measured.items():
-        ranks, layout, model = LAYOUTS[name]
-        settings = (", ".join(f"`{item.partition('.')[2]}`" for item in items) for items in (layout, model))
-        lines.append(" | ".join([f"| {name}", str(ranks), *settings, *(f"{d:.0e}" for d in deviations)]) + " |")
     return "\n".join(lines) + "\n"

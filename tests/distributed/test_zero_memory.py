@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megamem.parallel import host_adam
 from megamem.parallel.groups import destroy, initialize
 from megamem.parallel.layout import Layout
 from megamem.parallel.zero import ZeroEngine
@@ -126,3 +127,65 @@ def test_without_a_compiler_torch_steps_the_host_states(tmp_path: Path) -> None:
         assert found["kind"] == "AdamW"
         assert "DeepSpeed's CPU Adam cannot be built here" in found["notice"]
         assert _close(found["trained"], near["trained"])
+
+
+def test_a_lock_that_a_killed_build_left_is_told_of_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(host_adam, "_OTHER_BUILD_SECONDS", 0.2)
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    problem = host_adam._build(announce=True)
+    assert f"waiting for another build of DeepSpeed's CPU Adam ({lock})" in capsys.readouterr().err
+    assert problem == f"TimeoutError: {lock} was left by a build that did not end; delete this file to build again"
+    assert "waiting" not in host_adam._build(announce=False) + capsys.readouterr().err
+
+
+class _Halves(torch.nn.Module):
+    """The second half is left out on rank 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) if dist.get_rank() else self.second(self.first(x))
+
+
+def lack_a_gradient(sizes: dict[str, int]) -> str:
+    groups = initialize(Layout(**sizes), seed=1)  # type: ignore[arg-type]
+    engine = ZeroEngine(_Halves(), optimizer=OptimizerConfig(zero_stage=2), groups=groups, precision="fp32")
+    for _ in range(2):
+        engine.module(torch.ones(3, 4)).sum().backward()
+    try:
+        engine.reduce_gradients()
+        return ""
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_stage_2_refuses_a_gradient_that_some_ranks_lack_where_other_groups_send_too() -> None:
+    for refusal in run_distributed(lack_a_gradient, 2, {"world_size": 2, "cp": 2}):
+        assert refusal.startswith("second.bias got a gradient on some ranks only")
+    assert run_distributed(lack_a_gradient, 2, {"world_size": 2}) == ["", ""]
+
+
+def groups_of_engines(stage: int) -> list[int]:
+    """Process groups that there are with an engine and after its end, for two engines of the same ranks."""
+    groups = initialize(Layout(dist.get_world_size()), seed=1)
+    counts = []
+    for _ in range(2):
+        engine = ZeroEngine(
+            torch.nn.Linear(3, 3), optimizer=OptimizerConfig(zero_stage=stage), groups=groups, precision="fp32"
+        )
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+        engine.close()
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+    return counts
+
+
+def test_stage_0_leaves_no_process_group_behind() -> None:
+    for first, after_first, second, after_second in run_distributed(groups_of_engines, 2, 0):
+        assert first == second == after_first + 1 == after_second + 1

@@ -142,7 +142,7 @@ def test_a_run_is_measured_on_its_validation_documents(run: Path, export: Path, 
 
 def test_generation_reads_the_blocks_of_its_context(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = open_model(export, device="cpu", dtype="auto", tables="cpu")
-    language_model = RoutedModel(model, tokenizer, batch_size=4, routed=True)
+    language_model = RoutedModel(model, tokenizer, batch_size=4, window=64, routed=True)
     seen: list[tuple[list[int], list[int]]] = []
     generate = model.generate
 
@@ -163,7 +163,9 @@ def test_generation_reads_the_blocks_of_its_context(export: Path, monkeypatch: p
 
 def test_windows_of_a_rolling_text_read_the_blocks_of_the_whole_text(export: Path) -> None:
     model, tokenizer = open_model(export, device="cpu", dtype="auto", tables="cpu")
-    language_model = RoutedModel(model, tokenizer, batch_size=2, routed=True)
+    language_model = RoutedModel(
+        model, tokenizer, batch_size=2, window=model.config.max_position_embeddings, routed=True
+    )
     text = "\n".join(item["question"] for item in QUESTIONS) * 8
     ids = language_model.tok_encode(text)
     window = model.config.max_position_embeddings

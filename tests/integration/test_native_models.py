@@ -15,7 +15,7 @@ import torch
 
 from megamem.errors import ExportError
 from megamem.testing.distributed import run_distributed
-from megamem.testing.pretrained import write_pretrained
+from megamem.testing.pretrained import END, write_pretrained
 from megamem_launch.config import load_config
 from megamem_launch.verbs import export, import_
 
@@ -92,13 +92,10 @@ def trainer_logits(overrides: list[str], path: list[int]) -> list[tuple[list[int
     return found
 
 
+_BANK = ["model.moe.layers=[]", "memory.bank.units=[8,4]", "memory.bank.layers=[1,3]"]
 CASES: dict[str, tuple[str, list[str], list[str], list[int]]] = {
-    "merged-bank": (
-        "qwen3",
-        ["model.moe.layers=[]", "memory.bank.units=[8,4]", "memory.bank.layers=[1,3]"],
-        ["--merge-path", "2,9"],
-        [2, 9],
-    ),
+    "llama": ("llama", [*_BANK, "model.qk_layernorm=false"], ["--merge-path", "2,9"], [2, 9]),
+    "qwen3": ("qwen3", _BANK, ["--merge-path", "2,9"], [2, 9]),
     "experts": (
         "qwen3_moe",
         [
@@ -112,7 +109,7 @@ CASES: dict[str, tuple[str, list[str], list[str], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["merged-bank", pytest.param("experts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen3", "experts"))])
 def test_logits_equal_the_trainers_without_remote_code(name: str, prepared_tiny: Path, tmp_path: Path) -> None:
     family, model, options, path = CASES[name]
     overrides = [
@@ -152,7 +149,8 @@ def test_memories_are_added_to_an_imported_model(tmp_path: Path) -> None:
     for number in range(12):
         text = f"document {number}: " + " ".join(str(number * k % 17) for k in range(40))
         (corpus / f"{number:02d}.txt").write_text(text, encoding="utf-8")
-    write_pretrained(tmp_path / "hf", "llama")
+    ends = {"eos_token_id": [END, END + 1], "bos_token_id": END + 2}
+    write_pretrained(tmp_path / "hf", "llama", max_position_embeddings=131072, **ends)
     base = runs / "base"
     assert import_.main([str(tmp_path / "hf"), str(base), "--seq-length", "32"]) == 0
     settings: list[Any] = [f"data.path={tmp_path / 'data'}", f"data.sources=[{{kind: folder, path: {corpus}}}]"]
@@ -173,3 +171,6 @@ def test_memories_are_added_to_an_imported_model(tmp_path: Path) -> None:
         export.main([str(runs / "engram"), str(tmp_path / "out"), "--to", "native"])
     assert export.main([str(runs / "plain"), str(tmp_path / "out"), "--to", "llama", "--no-verify"]) == 0
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "hf" / "tokenizer.json").read_bytes()
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert {"max_position_embeddings": 131072, **ends}.items() <= config.items()
+    assert ends.items() <= json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8")).items()

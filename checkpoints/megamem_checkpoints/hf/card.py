@@ -8,6 +8,11 @@ from typing import Any
 
 from megamem_checkpoints.hf.plan import ExportPlan
 
+_PACKED = (
+    ", or packed ones with `position_ids` that start again, which transformers keeps apart without a cache "
+    "(`use_cache=False`) and without an attention mask"
+)
+
 
 def model_card(meta: Mapping[str, Any], report: Mapping[str, Any], plan: ExportPlan, *, license: str) -> str:
     """``README.md`` of an export: how to load it, its shape, what it was trained on and how far.
@@ -32,14 +37,14 @@ def model_card(meta: Mapping[str, Any], report: Mapping[str, Any], plan: ExportP
         "\n".join(front),
         f"# {name}",
         "A decoder language model pretrained with megamem." + _memories(config),
-        _loading(plan),
+        _loading(plan, trained=report["step"] > 0),
         "\n".join(f"- {note}" for note in plan.notes),
         "## Model\n\n" + _table(_shape(config, report)),
         "## Training\n\n" + _table(_training(meta, report)),
         _sources(config),
         _dropped(report["dropped"]),
         "## Limits\n\nA pretrained model without instruction or safety training: it continues text. It was trained on documents "
-        "that do not see each other: give it one per sequence, or packed ones with `position_ids` that start again.",
+        f"that do not see each other: give it one per sequence{_PACKED if plan.packs else ''}.",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -54,9 +59,10 @@ def _memories(config: Mapping[str, Any]) -> str:
     return f" Part of its capacity is parametric memory: {' and '.join(parts)}." if parts else ""
 
 
-def _loading(plan: ExportPlan) -> str:
+def _loading(plan: ExportPlan, *, trained: bool) -> str:
     remote = ", trust_remote_code=True" if plan.code else ""
     bank = plan.code and any(plan.config.bank_units)
+    front = ", add_special_tokens=False" if trained else ""  # documents of training have no token in front
     route = 'inputs["memory_paths"] = model.route(inputs.input_ids)  # without it: the generic memory\n' if bank else ""
     sentence = (
         f"The modelling code is in this directory, hence `trust_remote_code=True`.{_placement(plan)}"
@@ -70,7 +76,7 @@ def _loading(plan: ExportPlan) -> str:
         'path = "."  # this directory\n'
         f"tokenizer = AutoTokenizer.from_pretrained(path{remote})\n"
         f"model = AutoModelForCausalLM.from_pretrained(path{remote})\n"
-        'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
+        f'inputs = tokenizer("Once upon a time"{front}, return_tensors="pt")\n'
         f"{route}"
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))\n"
         "```"

@@ -13,6 +13,7 @@ from megamem.memory.config import MemoryConfig
 from megamem.memory.folding import folded_vocab_size
 from megamem.memory.hashing import hash_specs
 from megamem.models.config import ModelConfig
+from megamem_checkpoints.hf.inherited import context_length, special_tokens
 from megamem_checkpoints.hf.remote_code.configuration_megamem import MegamemConfig
 
 
@@ -47,13 +48,14 @@ def hf_config(
         "num_key_value_heads": model.num_query_groups,
         "head_dim": model.head_dim,
         "qk_layernorm": model.qk_layernorm,
-        "max_position_embeddings": meta["config"]["data"]["seq_length"],
+        "max_position_embeddings": context_length(meta),
         "initializer_range": model.init_method_std,
         "rms_norm_eps": model.norm_epsilon,
         "rope_parameters": rope_parameters(model),
         "zero_centered_norms": model.layernorm_zero_centered_gamma,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        "eos_token_id": eos_id,
+        "bos_token_id": special_tokens(meta)["bos_token_id"],
+        "eos_token_id": eos_id,  # the one that n-grams stop at; others that end a text are in generation_config.json
         "pad_token_id": eos_id,
         "dtype": dtype,
         **tables,

@@ -17,11 +17,12 @@ from megamem.errors import ExportError
 from megamem.files import fsync
 from megamem_checkpoints.files import record
 from megamem_checkpoints.hf.card import model_card
+from megamem_checkpoints.hf.inherited import generation_settings
 from megamem_checkpoints.hf.mapping import check_complete
 from megamem_checkpoints.hf.plan import ExportPlan
 from megamem_checkpoints.hf.source import Reader, Source
 from megamem_checkpoints.hf.targets import plan_export
-from megamem_checkpoints.hf.tokenizer import check_ids, export_tokenizer, find_tokenizer
+from megamem_checkpoints.hf.tokenizer import check_export, export_tokenizer, find_tokenizer
 from megamem_checkpoints.hf.verify import REPORT, verify_in_new_process
 from megamem_checkpoints.hf.write import write_weights
 from megamem_checkpoints.manifest import FileRecord
@@ -46,7 +47,7 @@ def export_checkpoint(
     """Write a model directory that ``AutoModelForCausalLM`` and ``AutoTokenizer`` open.
 
     It appears whole or not at all, and only after its checks have passed. Weights are streamed: at any moment, one dense
-    tensor or one piece of a table is in memory. Returns the content of ``export.json``.
+    tensor or one piece of a table is in memory, and one tensor that others are cut from. Returns the content of ``export.json``.
 
     Args:
         reader: The checkpoint.
@@ -61,8 +62,8 @@ def export_checkpoint(
         license: Identifier for the model card, such as ``apache-2.0``; empty leaves it unspecified.
         max_shard_size: Upper bound of one weight file, in bytes or like ``"5GB"``; a larger tensor gets a file of its own.
         overwrite: Replace an earlier export at ``out``.
-        verify: Check the checkpoint's checksums, then load the export in a new process and compare cached with
-            uncached inference.
+        verify: Check the checkpoint's checksums, then load the export in a new process, in fp32, and compare cached with
+            uncached inference. Needs the memory of :func:`~megamem_checkpoints.hf.verify.verify`.
 
     Raises:
         ExportError: ``out`` is in the way, the checkpoint does not fit its own configuration or the target, the tokenizer
@@ -87,11 +88,17 @@ def export_checkpoint(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        # First: transformers asks about remote code where a tokenizer lies beside a configuration that has some.
-        tokenizer = export_tokenizer(source.tokenizer, temporary, max_length=source.seq_length)
-        checks: dict[str, Any] = {"tokenizer_texts": check_ids(tokenizer, source.tokenizer, sample)}
+        # Before the configuration: transformers asks about remote code where a tokenizer lies beside one that has some.
+        export_tokenizer(source.tokenizer, temporary, max_length=source.seq_length)
+        plan.config.save_pretrained(temporary)
+        texts = check_export(temporary, plan.config, source.tokenizer, sample)
+        checks: dict[str, Any] = {"tokenizer_texts": texts}
         report = {"origin": origin, "target": target, "step": reader.step, "checks": checks, **_counts(plan, source)}
-        records = _fill(temporary, plan, max_shard_size)
+        records = write_weights(temporary, plan.tensors, max_shard_size)
+        for path in plan.code:
+            shutil.copyfile(path, temporary / path.name)
+        generation = json.dumps(generation_settings(source.meta), indent=2)
+        (temporary / "generation_config.json").write_text(generation + "\n", encoding="utf-8")
         card = model_card(source.meta, report, plan, license=license)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         if verify:
@@ -116,25 +123,13 @@ def check_plan(plan: ExportPlan, source: Source) -> None:
         )
 
 
-def _fill(folder: Path, plan: ExportPlan, max_shard_size: int | str) -> dict[str, FileRecord]:
-    """Write weights, configuration and modelling code; returns what the weight files should be."""
-    from transformers import GenerationConfig
-
-    records = write_weights(folder, plan.tensors, max_shard_size)
-    plan.config.save_pretrained(folder)
-    ends = {name: getattr(plan.config, name) for name in ("eos_token_id", "pad_token_id")}
-    GenerationConfig(**ends).save_pretrained(folder)
-    for path in plan.code:
-        shutil.copyfile(path, folder / path.name)
-    return records
-
-
 def _counts(plan: ExportPlan, source: Source) -> dict[str, Any]:
     """What the report tells about the model: dtype, values that come from the checkpoint, those of them in tables."""
     learned = [tensor for tensor in plan.tensors if tensor.sources and tensor.dtype.is_floating_point]
     kept = {name for tensor in learned for name in tensor.sources}
     return {
         "model_type": plan.model_type,
+        "seq_length": source.seq_length,
         "dtype": str(source.dtype).removeprefix("torch."),
         "parameters": sum(math.prod(tensor.shape) for tensor in learned),
         "memory_parameters": sum(rows * width for name, (rows, width) in source.tables().items() if name in kept),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -83,7 +83,7 @@ def _once(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _dense(source: Source, weights: Sequence[Weight]) -> Iterator[PlannedTensor]:
-    read = lru_cache(maxsize=1)(source.tensor)  # queries, keys and values are parts of one tensor
+    read = source.parts_reader(weight.source for weight in weights)
 
     def content(weight: Weight, dtype: torch.dtype) -> Callable[[], Iterator[Tensor]]:
         return lambda: _once(weight.part(read(weight.source)).to(dtype))

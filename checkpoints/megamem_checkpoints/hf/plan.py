@@ -42,3 +42,5 @@ class ExportPlan:
     """Modelling code that the directory carries; none for an architecture that transformers knows."""
     notes: tuple[str, ...] = ()
     """Sentences for the model card: what its users should know about this form of the model."""
+    packs: bool = True
+    """Whether the architecture tells packed documents apart by ``position_ids`` that start again."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megamem.errors import ExportError
 from megamem.models.config import ModelConfig
+from megamem_checkpoints.hf.inherited import SPECIAL_TOKENS
 from megamem_checkpoints.hf.mapping import Gathered, check_complete, gather_names
 from megamem_checkpoints.hf.native.families import FAMILIES, model_of
 from megamem_checkpoints.hf.native.memory_free import saved_shapes
@@ -60,6 +61,18 @@ class Pretrained:
         """``bf16`` where all weights are stored in it, else ``fp32``, which holds every other dtype exactly."""
         return "bf16" if {dtype for _, _, dtype in self.tensors.values()} == {torch.bfloat16} else "fp32"
 
+    @property
+    def inherited(self) -> dict[str, Any]:
+        """What an export of the run gives back although training has no use for it, see
+        :mod:`~megamem_checkpoints.hf.inherited`; ExportError for a ``generation_config.json`` that is none."""
+        return {
+            "model_type": self.family,
+            "dropped": dict(self.dropped),
+            "max_position_embeddings": self.config.max_position_embeddings,
+            **{name: getattr(self.config, name) for name in SPECIAL_TOKENS},
+            "generation_config": _generation_config(self.folder / "generation_config.json"),
+        }
+
     @cached_property
     def canonical(self) -> list[Gathered]:
         """The canonical tensors that the weights make up, by name."""
@@ -90,6 +103,16 @@ def _config(folder: Path) -> Any:
     except Exception as error:  # transformers' validation has errors of its own, without a common base
         reason = " ".join(str(error).split())
         raise ExportError(f"{path} is no configuration of a {model_type} model ({reason}); download it again") from None
+
+
+def _generation_config(path: Path) -> dict[str, Any]:
+    """Its settings; none where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(path, error) from None
 
 
 def _headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...], torch.dtype]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -105,6 +107,13 @@ class Source:
     def tensor(self, name: str) -> Tensor:
         """A dense tensor, whole, fp32."""
         return self.reader.tensor(name)
+
+    def parts_reader(self, names: Iterable[str]) -> Callable[[str], Tensor]:
+        """:meth:`tensor` for a plan that reads ``names``, one for each exported tensor. The last of those that are named
+        several times is kept: files are ordered by name, so that what lies between its parts is little else of its layer."""
+        shared = {name for name, count in Counter(names).items() if count > 1}
+        keep = lru_cache(maxsize=1)(self.tensor)
+        return lambda name: keep(name) if name in shared else self.tensor(name)
 
     def stored_pieces(self, table: str, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Tensor]]:
         """Rows ``[start, stop)`` as the run stores them, piece by piece, by the fields of their format

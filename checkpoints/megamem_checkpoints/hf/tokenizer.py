@@ -1,15 +1,17 @@
 """The tokenizer of a run as the files that ``AutoTokenizer`` opens, with the same ids.
 
-That of an imported model is copied as it came. For a sentencepiece model, transformers builds a fast tokenizer from its pieces
-and merges, without the prefix space that some models put before a text, and turns text that looks like a special token into
-that token; both are put right here. What it cannot reproduce (Viterbi ties of unigram models, normalisation rules) shows in
-:func:`check_ids`.
+That of an imported model is copied as it came; where transformers would build another one from its pieces than its
+``tokenizer.json`` says (``LlamaTokenizer`` does), the export's ``tokenizer_config.json`` names the class that reads that file.
+For a sentencepiece model, transformers builds a fast tokenizer from its pieces and merges, without the prefix space that some
+models put before a text, and turns text that looks like a special token into that token; both are put right here. What it cannot
+reproduce (Viterbi ties of unigram models, normalisation rules) shows in :func:`check_ids`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,11 @@ SAMPLE = (
 )
 """Texts on which tokenizers like to differ."""
 
+_REPLACE = (
+    "import the model with the tokenizer files that AutoTokenizer.from_pretrained(...).save_pretrained(...) writes, and prepare "
+    "data with them"
+)
+
 
 def find_tokenizer(config: Mapping[str, Any], data: Path | None = None) -> Path:
     """The file that decides about a run's token ids: in its prepared data (``data``: where that is now), or, for a run without
@@ -43,8 +50,8 @@ def find_tokenizer(config: Mapping[str, Any], data: Path | None = None) -> Path:
     return present[0] if present else Path(path) / "tokenizer.model"
 
 
-def export_tokenizer(model: Path, folder: Path, *, max_length: int) -> Any:
-    """Write the files of the tokenizer ``model`` into ``folder``; returns the tokenizer read from there.
+def export_tokenizer(model: Path, folder: Path, *, max_length: int) -> None:
+    """Write the files of the tokenizer ``model`` into ``folder``; :func:`check_export` completes them.
 
     ``max_length`` is the length of the sequences that the language model was trained on. ExportError where ``model`` is
     neither a ``tokenizer.json`` nor a sentencepiece model. Call it before ``folder`` has a configuration with remote code:
@@ -58,7 +65,7 @@ def export_tokenizer(model: Path, folder: Path, *, max_length: int) -> Any:
         for name in TOKENIZER_FILES:
             if model.with_name(name).is_file():
                 shutil.copyfile(model.with_name(name), folder / name)
-        return AutoTokenizer.from_pretrained(folder)
+        return
     try:
         content = model.read_bytes()
         processor = SentencePieceProcessor(model_proto=content)
@@ -81,8 +88,52 @@ def export_tokenizer(model: Path, folder: Path, *, max_length: int) -> Any:
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), backend.normalizer])
         backend.decoder = decoders.Sequence([backend.decoder, decoders.Strip(" ", 1, 0)])
     tokenizer.save_pretrained(folder)
-    _forget_origin(folder / "tokenizer_config.json")
-    return AutoTokenizer.from_pretrained(folder)
+    # Where transformers read it: a copy of the export may be read elsewhere.
+    _edit(folder / "tokenizer_config.json", remove=("is_local", "local_files_only", "name_or_path"))
+
+
+def check_export(folder: Path, config: Any, model: Path, sample: Sequence[str] = ()) -> int:
+    """Check what ``AutoTokenizer`` opens in ``folder``, which :func:`export_tokenizer` filled and where ``config``, a
+    ``PretrainedConfig``, is saved: transformers takes both into account when it chooses a class.
+
+    For a ``tokenizer.json`` that its class does not reproduce, ``tokenizer_config.json`` is made to name the one that does.
+    Returns the number of texts compared; ExportError on the first mismatch, see :func:`check_ids`.
+    """
+    if model.suffix == ".json" and not _opens_as(folder, config, model, sample):
+        _edit(
+            folder / "tokenizer_config.json",
+            remove=("auto_map", "tokenizer_file"),
+            tokenizer_class="PreTrainedTokenizerFast",
+        )
+    return check_ids(_open(folder, config), model, sample)
+
+
+def check_import(model: Path, config: Any) -> None:
+    """ExportError unless the tokenizer ``model`` of an imported model can be exported beside its ``config``."""
+    with tempfile.TemporaryDirectory(prefix="megamem-tokenizer-") as scratch:
+        folder = Path(scratch)
+        export_tokenizer(model, folder, max_length=config.max_position_embeddings)
+        config.save_pretrained(folder)
+        check_export(folder, config, model)
+
+
+def _open(folder: Path, config: Any) -> Any:
+    """The tokenizer of an export, as the class that ``config`` leads to; runs no code of the directory."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    except Exception as error:  # transformers' tokenizers have errors of their own, without a common base
+        raise ExportError(
+            f"AutoTokenizer does not open the tokenizer of the run ({type(error).__name__}: {error}); {_REPLACE}"
+        ) from error
+
+
+def _opens_as(folder: Path, config: Any, model: Path, sample: Sequence[str]) -> bool:
+    try:
+        return check_ids(_open(folder, config), model, sample) > 0
+    except ExportError:
+        return False
 
 
 def check_ids(tokenizer: Any, model: Path, sample: Sequence[str]) -> int:
@@ -125,15 +176,12 @@ def _check_hugging_face_ids(tokenizer: Any, model: Path, texts: Sequence[str]) -
         theirs = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         if ours != theirs:
             raise ExportError(
-                f"AutoTokenizer does not give the ids of {model} for {text[:40]!r}; set tokenizer_class to "
-                "PreTrainedTokenizerFast in the tokenizer_config.json beside it"
+                f"AutoTokenizer does not give the ids of {model} for {text[:40]!r}, as no class of transformers; {_REPLACE}"
             )
     return len(texts)
 
 
-def _forget_origin(config: Path) -> None:
-    """Remove what transformers notes about where it read the tokenizer: a copy of the export may be read elsewhere."""
+def _edit(config: Path, *, remove: Sequence[str], **changes: str) -> None:
     settings = json.loads(config.read_text(encoding="utf-8"))
-    for name in ("is_local", "local_files_only", "name_or_path"):
-        settings.pop(name, None)
+    settings = {name: value for name, value in settings.items() if name not in remove} | changes
     config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -77,12 +77,14 @@ def verify(folder: Path) -> dict[str, Any]:
     Every weight must be named by the model and the other way round; logits must be finite, and for a batch with a
     document boundary the same in one piece, token by token and in pieces of five; greedy continuations must be equal.
     ExportError names what failed.
+
+    Host memory: 4 bytes for each parameter of the model. Tables of a ``megamem`` model stay in their files; those of a
+    Qwen4-Exp model are parameters like all others.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    # Tables stay in their files, so that a check needs no more memory than the rest of the model.
     tables = {"table_placement": "disk"} if config.model_type == "megamem" else {}
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True, **tables
@@ -99,7 +101,8 @@ def verify(folder: Path) -> dict[str, Any]:
 
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (2, _TOKENS), generator=generator)
-    ids[0, _TOKENS // 3] = config.eos_token_id
+    ends = config.eos_token_id
+    ids[0, _TOKENS // 3] = ends[0] if isinstance(ends, list) else ends
     memory = {"memory_paths": model.route(ids)} if getattr(config, "router_dimensions", 0) else {}
     with torch.no_grad():
         whole = model(ids, use_cache=False, **memory).logits

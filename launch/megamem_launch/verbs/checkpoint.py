@@ -194,6 +194,10 @@ def _verify(arguments: VerifyArguments) -> int:
 
     path = arguments.path
     paths = [path] if (path / FILE_NAME).is_file() else steps(_directory(path))
+    if not paths:
+        raise CheckpointError(
+            f"{path} has no checkpoint, only what unfinished saves or deletions left; nothing was verified"
+        )
     verification = Verification(paths)
     with _bar("reading", verification.bytes, shown=not arguments.json, in_bytes=True) as advance:
         results = verification.run(threads=arguments.threads, advance=advance)
@@ -203,6 +207,8 @@ def _verify(arguments: VerifyArguments) -> int:
     else:
         for result in results:
             verdict = f"{len(result.damaged)} DAMAGED" if result.damaged else "whole"
+            if result.gone:
+                verdict = "gone: it was deleted meanwhile"
             print(f"{result.path}: {result.files} files, {decimal(result.bytes)}, {verdict}")
             for problem in result.damaged.values():
                 print(f"  {problem}", file=sys.stderr)
@@ -273,6 +279,11 @@ def _directory(run: Path) -> Path:
     for directory in (run / "checkpoints", run):
         if directory.is_dir() and (steps(directory) or leftovers(directory)):
             return directory
+    if run.name.startswith("step_") and run.is_dir():
+        raise CheckpointError(
+            f"{run} has no checkpoint: its manifest.json is missing, so that a save was not completed or the file was lost; "
+            "name another one"
+        )
     raise CheckpointError(f"{run} has no checkpoints; name the directory of a run, or its directory of checkpoints")
 
 

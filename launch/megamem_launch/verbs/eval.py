@@ -94,7 +94,7 @@ def main(argv: list[str]) -> int:
         texts: dict[str, Iterable[Document]] = {str(path): [_encode(tokenizer, path)] for path in arguments.text or ()}
         if arguments.data or not (texts or arguments.tasks):
             texts["validation"] = _validation(arguments.data or data, arguments.documents)
-        window = model.config.max_position_embeddings
+        window = _window(folder, model)
         results["perplexity"] = {
             name: evaluate.perplexity(model, documents, window=window, routed=routed)
             for name, documents in texts.items()
@@ -108,6 +108,7 @@ def main(argv: list[str]) -> int:
                 arguments.tasks,
                 include=arguments.include,
                 batch_size=arguments.batch_size,
+                window=window,
                 few_shot=arguments.few_shot,
                 limit=arguments.limit,
                 routed=routed,
@@ -174,6 +175,14 @@ def _export(arguments: Arguments) -> Iterator[tuple[Path, Path | None, int | Non
             verify=False,
         )
         yield folder, checkpoint.parent.parent, reader.step, data
+
+
+def _window(folder: Path, model: Any) -> int:
+    """The length of the training sequences, where the export says so: an imported model may be made for far longer ones."""
+    from megamem_checkpoints.hf.verify import REPORT
+
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8")) if (folder / REPORT).is_file() else {}
+    return report.get("seq_length", model.config.max_position_embeddings)
 
 
 def _encode(tokenizer: Any, path: Path) -> Document:

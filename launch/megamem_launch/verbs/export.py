@@ -38,8 +38,8 @@ class Arguments:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the dense weights; auto is bf16 for a run with train.precision=bf16, else fp32."""
     table_files: int | None = None
-    """Weight files for the memory tables alone, each with a range of rows of every table; by default a table is one tensor
-    among the others."""
+    """Weight files for the memory tables alone, each with a range of rows of every table. By default tables are among the other
+    tensors: whole, or for `--to qwen4_exp` cut at 256 MiB."""
     table_format: Literal["fp32", "bf16", "fp8"] | None = None
     """Of the rows of memory tables; by default what the run stores, bit for bit. fp8 is E4M3 with one power-of-two scale per 32
     values."""
@@ -55,7 +55,8 @@ class Arguments:
     overwrite: bool = False
     """Replace an earlier export at OUT."""
     verify: bool = True
-    """On by default: check the checksums, and inference after reloading, which needs memory for all but the tables."""
+    """On by default: check the checksums, and inference after reloading in fp32. Reloading needs 4 bytes of host memory for each
+    parameter; only the tables of `--to megamem` stay in their files. --no-verify leaves all of this out."""
 
 
 def main(argv: list[str]) -> int:

@@ -84,7 +84,10 @@ def generate(arguments: Arguments) -> str:
     except (OSError, ValueError, SyntaxError) as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ExportError(f"{arguments.model} cannot be opened ({reason}); export the run again") from error
-    inputs = tokenizer(arguments.prompt, return_tensors="pt").to(device)
+    # As documents in training: nothing in front, and text that looks like a special token is text.
+    inputs = tokenizer(arguments.prompt, add_special_tokens=False, split_special_tokens=True, return_tensors="pt").to(
+        device
+    )
     if inputs.input_ids.shape[1] == 0:
         raise ConfigError("the prompt is empty; give the model at least one character to continue")
     settings: dict[str, Any] = {"do_sample": False}

@@ -48,6 +48,8 @@ def main(argv: list[str]) -> int:
     from megamem_checkpoints.hf.pretrained import Pretrained
 
     run = arguments.run
+    if arguments.seq_length and arguments.seq_length < 2:
+        raise ConfigError(f"--seq-length is {arguments.seq_length}; set at least 2, or 0 for the model's context")
     if run.exists() and not (run.is_dir() and not any(run.iterdir())):
         raise ConfigError(f"{run} exists and is not empty; choose another directory for the run")
     pretrained = Pretrained.open(arguments.model, make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by)
@@ -71,6 +73,7 @@ def main(argv: list[str]) -> int:
 def _write(pretrained: Any, folder: Path, run: Path, seq_length: int) -> RunConfig:
     """Fill ``folder``, which will be ``run``; returns the configuration."""
     from megamem_checkpoints.hf.import_model import copy_tokenizer, write_checkpoint
+    from megamem_checkpoints.hf.tokenizer import check_import
     from megamem_data.tokenizer import open_tokenizer
 
     model_file = copy_tokenizer(pretrained.folder, folder / "tokenizer")
@@ -80,6 +83,7 @@ def _write(pretrained: Any, folder: Path, run: Path, seq_length: int) -> RunConf
             f"the tokenizer of {pretrained.folder} has {tokenizer.vocab_size} entries and the model only "
             f"{pretrained.model.vocab_size}; put the model's own tokenizer there"
         )
+    check_import(model_file, pretrained.config)
     config = RunConfig(name=run.absolute().name, runs_dir=str(run.parent), model=pretrained.model)
     config.data.tokenizer.model = str(run / "tokenizer" / model_file.name)
     config.data.seq_length = seq_length or min(pretrained.config.max_position_embeddings, 4096)
@@ -95,7 +99,7 @@ def _write(pretrained: Any, folder: Path, run: Path, seq_length: int) -> RunConf
             "tokenizer_sha256": tokenizer.sha256,
             "tokens_seen": 0,
             "final_losses": {},
-            "imported": {"model_type": pretrained.family, "dropped": dict(pretrained.dropped)},
+            "imported": pretrained.inherited,
         },
     )
     save_config(config, folder / "config.yaml")

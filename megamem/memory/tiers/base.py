@@ -50,7 +50,8 @@ class RowStore(Protocol):
         ...
 
     def commit(self, label: str) -> None:
-        """Make the present content what a later process finds under ``label``; nothing to do where none can."""
+        """Make the present content what a later process finds under ``label``; nothing to do where none can. With an empty
+        ``label`` none will find anything from now on."""
         ...
 
     @property

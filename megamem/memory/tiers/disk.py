@@ -5,7 +5,8 @@
 content goes to ``<file>.undo`` with a checksum, and opening the file puts it back. The pages of a killed process are in
 the system's memory, so no flush is needed for that. After a power cut nothing is promised, since the order in which pages
 reached the disk is not known: the boot id differs then, the file is made anew, and the rows come from the checkpoint.
-Contents that were never committed are gone with their process.
+Contents that were never committed are gone with their process, as those whose commit was given up (an empty label): from then on
+nothing is written down.
 """
 
 from __future__ import annotations
@@ -95,8 +96,7 @@ class DiskStore:
             if resume and found == Commit(resume, found.epoch if found else 0, _boot_id(), records, _layout(fields)):
                 self._take_over(found)
             else:
-                self._commit_path.unlink(missing_ok=True)
-                self._journal.clear()
+                self._uncommit()
                 self._file.clear()
         except BaseException as error:
             self._file.close()
@@ -165,6 +165,9 @@ class DiskStore:
         """See :class:`~megamem.memory.tiers.base.RowStore`; what is promised is said at the top of this module."""
         if self._journal is None:
             raise ValueError("the store is closed")
+        if not label:
+            self._uncommit()
+            return
         self._write_back(np.flatnonzero(self._dirty))
         self._file.synchronize()
         self._epoch += 1
@@ -210,6 +213,17 @@ class DiskStore:
             self._file.transfer([content], np.arange(len(records)), records, write=True)
         self._journal.clear()
         self._label, self._epoch, self._changed = commit.label, commit.epoch, False
+
+    def _uncommit(self) -> None:
+        """Promise nothing any more: what changes from now on need not be written down."""
+        assert self._journal is not None
+        try:
+            self._commit_path.unlink(missing_ok=True)  # first: without the journal it would promise what is not there
+        except OSError as error:
+            raise failed(self._commit_path, error) from error
+        self._label = ""
+        self._saved[:] = 0
+        self._journal.clear()
 
     def _bring(self, records: np.ndarray) -> None:
         """Read distinct ascending records that are not there into slots of others that were not just located."""

@@ -109,7 +109,7 @@ def test_the_next_save_waits_for_the_one_before(mini_run: Callable[..., Any], ga
     assert fresh.equals(run.tensors())
 
 
-def test_an_error_of_the_background_is_raised_by_the_next_call(
+def test_an_error_of_the_background_is_told_and_the_next_save_is_attempted(
     mini_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, fresh = mini_run(seed=1, incremental="auto"), mini_run(seed=2)
@@ -119,7 +119,7 @@ def test_an_error_of_the_background_is_raised_by_the_next_call(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for call in ("save", "wait", "close"):
+    for call in ("save", "start", "wait", "close"):
         change_everything(run)
         with monkeypatch.context() as patch:
             patch.setattr(save, "write_text", full)
@@ -131,15 +131,33 @@ def test_an_error_of_the_background_is_raised_by_the_next_call(
             with caplog.at_level(logging.ERROR, logger=checkpointer.__name__):
                 run.checkpointer.close()
             assert "step 2 was not written" in caplog.text
-        else:
+        elif call == "wait":
             with pytest.raises(CheckpointError, match=r"step 2 was not written .*No space left on device"):
-                run.save(3) if call == "save" else run.checkpointer.wait()
+                run.checkpointer.wait()
+        else:
+            with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, logger=checkpointer.__name__):
+                patch.setattr(save, "write_text", full)
+                with pytest.raises(CheckpointError, match=r"step 3 was not written .*No space left on device"):
+                    run.save(3, wait=call == "save")
+            assert [outcome.step for outcome in run.checkpointer.ended()] == [3]
+            assert "No space left on device" in caplog.text and "trying again with that of step 3" in caplog.text
         assert {entry.name for entry in good.parent.iterdir()} == {".lock", "latest", good.name}
         fresh.load(good)
         assert fresh.equals(before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(save, "write_text", full)
+        run.save(2, wait=False)
+        assert isinstance(run.checkpointer._running[1].exception(), CheckpointError)
+    change_everything(run)
+    path = run.save(3, wait=False)  # not in the background this time
+    outcomes = run.checkpointer.ended()
+    assert [(outcome.step, outcome.error is None) for outcome in outcomes] == [(2, False), (3, True)]
+    assert read_manifest(path).chain == 0
     again = mini_run(seed=3)
-    again.load(run.save(3))
+    again.load(path)
     assert again.equals(run.tensors())
+    assert read_manifest(run.save(4)).chain == 1
 
 
 def test_an_error_at_the_beginning_is_raised_at_once(

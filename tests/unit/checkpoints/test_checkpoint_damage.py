@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megamem.errors import CheckpointError
+from megamem_checkpoints import dense
 from megamem_checkpoints import manifest as manifests
 from megamem_checkpoints.reader import CheckpointReader
 from megamem_kernels.formats import Field
@@ -157,3 +158,25 @@ def test_weights_without_moments_cannot_resume(mini_run: Callable[..., Any]) -> 
         other.load(path)
     other.load(path, optimizer_state=False)
     assert torch.equal(other.norm, saved.norm)
+
+
+def test_a_dense_file_that_ends_early_is_what_a_load_with_threads_complains_about(
+    mini_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megamem_checkpoints.dense.FILE_BYTES", 300)
+    saved, other = mini_run(seed=1), mini_run(seed=2)
+    path = saved.save(1)
+    assert len(list((path / "dense").glob("*.safetensors"))) > 2
+    monkeypatch.setattr("megamem_checkpoints.dense.FILE_BYTES", 2**20)
+    reader = CheckpointReader(path, threads=3)
+    targets = {name: torch.empty(reader.shape(name)) for name in reader.names()}
+    dense.read(reader.dense_reader, targets)
+    for name, value in targets.items():
+        assert torch.equal(value, reader.tensor(name))
+    assert torch.equal(targets["decoder.final_layernorm.weight"], saved.norm)
+    for file in (path / "dense").glob("*.safetensors"):
+        truncate(file)
+    with pytest.raises(CheckpointError, match="SafetensorError"):
+        dense.read(reader.dense_reader, targets)
+    with pytest.raises(CheckpointError, match=r"bytes long in place of"):
+        other.load(path)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megamem.memory.table import InitSegment, OwnedTable, TableSpec
 from megamem.memory.tiers.resources import TierResources
 from megamem_checkpoints import manifest as manifests
 from megamem_checkpoints import owned, tables
+from megamem_checkpoints.manifest import read_manifest
 from megamem_checkpoints.owned import Base, TableSave
 from megamem_checkpoints.reader import CheckpointReader
 from megamem_checkpoints.stream import write_tensors
@@ -136,15 +138,9 @@ def test_a_file_system_without_links_gets_whole_tables(
 ) -> None:
     run, fresh = mini_run(seed=1, incremental="auto"), mini_run(seed=2)
     run.save(1)
-    calls = 0
-    link = os.link
 
-    def refuse(*names: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls % 3 == 0:  # after some have been made
-            raise OSError(number, os.strerror(number))
-        link(*names)
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "link", refuse)
     owned._say_once.cache_clear()
@@ -159,6 +155,60 @@ def test_a_file_system_without_links_gets_whole_tables(
     assert fresh.equals(run.tensors())
 
 
+def test_a_link_that_is_refused_late_fails_the_save_and_the_next_one_is_whole(
+    mini_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, fresh = mini_run(seed=1, incremental="auto"), mini_run(seed=2)
+    good = run.save(1)
+    change(run, [2])
+    link, main = os.link, threading.get_ident()
+
+    def refuse(*names: Any) -> None:
+        if threading.get_ident() != main:
+            raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
+        link(*names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refuse)
+        with pytest.raises(CheckpointError, match=r"step 2 was not written .*Too many links"):
+            run.save(2)
+    assert {entry.name for entry in good.parent.iterdir()} == {".lock", "latest", good.name}
+    path = run.save(2)
+    assert deltas(path) == {}
+    fresh.load(path)
+    assert fresh.equals(run.tensors())
+
+
+def test_how_many_checkpoints_share_a_file_is_bounded(mini_run: Callable[..., Any]) -> None:
+    """Also across resumes, for tables that never change, and by the steps that stay."""
+    run = mini_run(seed=1, keep=99, incremental="on")
+    paths = []
+    for step in range(1, 12):
+        run.checkpointer.config.full_every = 3
+        run.checkpointer.config.keep_every = 5
+        change(run, [step], seed=step)
+        paths.append(run.save(step))
+        if step in (2, 8):
+            run = mini_run(seed=step, keep=99, incremental="on")
+            run.load(paths[-1])
+    # Whole at first, then after two more, and where keep_every keeps.
+    assert [read_manifest(path).chain for path in paths] == [0, 1, 2, 0, 0, 1, 2, 0, 1, 0, 1]
+    assert [len(deltas(path)) for path in paths] == [0, 1, 2, 0, 0, 1, 2, 0, 1, 0, 1]
+    for name in (ENGRAM, BANK):
+        links = [{file.stat().st_nlink for file in (path / "tables" / name).glob("rows_*")} for path in paths]
+        assert links == [{3}, {3}, {3}, {1}, {3}, {3}, {3}, {2}, {2}, {2}, {2}]
+    # One damaged base, and the checkpoints of another chain are as they were.
+    victim = next((paths[6] / "tables" / ENGRAM).glob("rows_*"))
+    victim.write_bytes(bytes(victim.stat().st_size))
+    fresh = mini_run(seed=4)
+    for path in paths[4:7]:
+        with pytest.raises(CheckpointError, match="its sha256 differs"):
+            fresh.load(path)
+    for path in (paths[3], paths[7], paths[10]):
+        fresh.load(path)
+    assert fresh.equals(run.tensors())
+
+
 def test_a_base_that_was_damaged_is_not_built_upon(mini_run: Callable[..., Any]) -> None:
     run, fresh = mini_run(seed=1, incremental="auto"), mini_run(seed=2)
     victim = next((run.save(1) / "tables" / ENGRAM).iterdir())
@@ -168,6 +218,22 @@ def test_a_base_that_was_damaged_is_not_built_upon(mini_run: Callable[..., Any])
     assert deltas(path) == {}
     fresh.load(path)
     assert fresh.equals(run.tensors())
+
+
+@pytest.mark.parametrize(("mode", "share"), [("off", 0.0), ("auto", 0.29), ("on", 0.99)])
+def test_what_a_save_holds_per_row_is_bounded(tmp_path: Path, mode: str, share: float) -> None:
+    count = 40_000
+    table = OwnedTable.create(TableSpec("t", count, 2, (InitSegment(2, 0.1),)), seed=0)
+    table.snapshot(tmp_path, track_changes=mode != "off").close()
+    if table._changed is not None:
+        table._changed[: int(share * count)] = True
+    taken = table.snapshot(tmp_path, changed_only=mode != "off", track_changes=mode != "off")
+    held = taken._where.nbytes
+    if mode != "off":
+        assert taken._only is not None and table._changed is not None
+        held += taken._only.nbytes + table._changed.nbytes + taken.positions.nbytes
+    assert 0.98 * owned.index_bytes(count, mode) <= held <= owned.index_bytes(count, mode)
+    taken.close()
 
 
 def test_a_second_save_of_one_step_is_whole(mini_run: Callable[..., Any]) -> None:
@@ -253,6 +319,30 @@ def test_an_increment_of_other_positions_than_stated_is_refused(
     record.path, record.manifest = path, manifests.read_manifest(path)
     with pytest.raises(CheckpointError, match=r"delta_.* does not hold the positions"):
         record.rows(ENGRAM, 0, 53)
+
+
+def test_ranges_and_scattered_positions_are_read_alike(
+    mini_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = mini_run(seed=1, incremental="on")
+    run.save(1)
+    for step, rows in ((2, [0, 9, 10]), (3, [10, 52]), (4, [3, 9, 51])):
+        change(run, rows, seed=step)
+        path = run.save(step)
+    reader = CheckpointReader(path)
+    assert len(reader.manifest.tables[ENGRAM].increments) == 3
+    expected = run.tables[ENGRAM].read(0, 53)
+    for open_at_once in (64, 1):
+        monkeypatch.setattr(tables, "_INCREMENTS_OPEN", open_at_once)
+        files = tables.OpenFiles(path)
+        for start, stop in ((0, 53), (0, 1), (9, 11), (11, 20), (50, 53)):
+            scattered = np.random.default_rng(stop).permutation(np.arange(start, stop))
+            by_range = tables.read(files, reader.manifest.tables[ENGRAM], range(start, stop), state=True)
+            by_array = tables.read(files, reader.manifest.tables[ENGRAM], scattered, state=True)
+            assert by_range.keys() == by_array.keys() == expected.keys()
+            for key, value in expected.items():
+                assert torch.equal(by_range[key], value[start:stop])
+                assert torch.equal(by_array[key], value[scattered])
 
 
 @pytest.mark.parametrize("broken", [{"stop": 54}, {"start": -1}, {"count": 0}, {"count": 3}, {"file": "tables/other"}])

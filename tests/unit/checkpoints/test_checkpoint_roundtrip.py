@@ -13,7 +13,7 @@ import torch
 
 from megamem.config.base import to_dict
 from megamem.errors import CheckpointError
-from megamem.memory.config import EngramConfig, MemoryConfig
+from megamem.memory.config import BankConfig, EngramConfig, MemoryConfig
 from megamem.models.config import ModelConfig, MoEConfig
 from megamem_checkpoints import dense, owned
 from megamem_checkpoints.compare import compare_models
@@ -152,3 +152,29 @@ def test_compare_models_names_the_setting() -> None:
         compare_models(base, meta(ModelConfig(moe=MoEConfig(num_experts=4)), MemoryConfig()))
     with pytest.raises(CheckpointError, match=r"memory\.engram\.orders is \[2, 3\] there and \[2\] in this run"):
         compare_models(base, meta(ModelConfig(), MemoryConfig(engram=EngramConfig(orders=[2]))))
+
+
+def test_new_memories_leave_the_addresses_of_old_ones_as_they_were() -> None:
+    def meta(engram: dict[str, Any], bank: dict[str, Any]) -> dict[str, Any]:
+        memory = MemoryConfig(engram=EngramConfig(**engram), bank=BankConfig(**bank))
+        return {"config": {"model": to_dict(ModelConfig()), "memory": to_dict(memory)}}
+
+    one, tree = {"layers": [1]}, {"units": [4, 0], "layers": [0]}
+    changed_bank = {**tree, "branching": 8}
+    for saved, current in (
+        (meta({}, {}), meta({"layers": [1], "seed": 3, "fold_tokens": True}, changed_bank)),
+        (meta(one, {}), meta({"layers": [1, 2]}, changed_bank)),
+        (meta({}, tree), meta({"layers": [1], "seed": 3}, {**tree, "layers": []})),
+    ):
+        compare_models(saved, current, new_memories=True)
+    for name, saved, current in (
+        (r"memory\.engram\.seed is 0 there and 3", meta(one, {}), meta({"layers": [1, 2], "seed": 3}, tree)),
+        (r"memory\.engram\.fold_tokens", meta(one, {}), meta({"layers": [1, 2], "fold_tokens": True}, {})),
+        (r"memory\.engram\.pad_id", meta(one, tree), meta({"layers": [1], "pad_id": 0}, tree)),
+        (r"memory\.bank\.branching is 16 there and 8", meta({}, tree), meta(one, changed_bank)),
+        (r"memory\.bank\.units", meta({}, tree), meta(one, {**tree, "units": [4, 4]})),
+    ):
+        with pytest.raises(CheckpointError, match=name):
+            compare_models(saved, current, new_memories=True)
+    with pytest.raises(CheckpointError, match=r"memory\.engram\.layers"):
+        compare_models(meta(one, {}), meta({"layers": [1, 2]}, {}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from megamem.memory.tiers.disk import DiskStore
 from megamem.memory.tiers.resources import TierResources
 from megamem_checkpoints import manifest as manifests
 from megamem_checkpoints import owned, tables
+from megamem_checkpoints import save as saving
+from megamem_checkpoints.manifest import read_manifest
 from megamem_checkpoints.owned import TableSave
 from megamem_checkpoints.reader import CheckpointReader
 from megamem_kernels.formats import Field, row_fields
@@ -244,17 +247,20 @@ def test_rows_without_their_state_are_not_taken_over(mini_run: Callable[..., Any
 
 
 def test_the_checkpoint_is_whole_where_disk_files_cannot_be_committed(
-    mini_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mini_run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    saved, fresh = mini_run(seed=1, **on_disk(tmp_path)), mini_run(seed=2)
+    saved, fresh = mini_run(seed=1, incremental="auto", **on_disk(tmp_path)), mini_run(seed=2)
 
     def refuse(*_: object) -> None:
         raise TierError(f"t.rec: {os.strerror(errno.EIO)}; check the disk")
 
     monkeypatch.setattr(DiskStore, "commit", refuse)
-    with pytest.raises(CheckpointError, match=r"t\.rec: Input/output error; check the disk"):
-        saved.save(1)
-    path = fresh.checkpointer.latest()
-    assert path is not None and path.name == "step_00000001"
+    with caplog.at_level(logging.WARNING, logger=saving.__name__):
+        path = saved.save(1)
+    told = [record.message for record in caplog.records if record.name == saving.__name__]
+    assert len(told) == len(saved.tables) and all("t.rec: Input/output error; check the disk" in text for text in told)
+    assert [outcome.error for outcome in saved.checkpointer.ended()] == [None]
+    assert fresh.checkpointer.latest() == path
     fresh.load(path)
     assert fresh.equals(saved.tensors())
+    assert read_manifest(saved.save(2)).chain == 1

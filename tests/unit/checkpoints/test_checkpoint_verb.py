@@ -294,3 +294,47 @@ def test_milestones_stay_while_a_run_saves(mini_run: Callable[..., Any]) -> None
     for step in range(1, 10):
         run.save(step)
     assert names(run.checkpointer.directory) == {"latest", "step_00000004", "step_00000008", "step_00000009"}
+
+
+def test_a_checkpoint_that_disappears_during_verify_is_gone_and_not_damaged(
+    mini_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = mini_run(keep=5, incremental="on")
+    first, second = run.save(1), run.save(2)
+    check = integrity.check_content
+
+    def after_pruning(root: Path, name: str, record: Any) -> None:
+        directory.delete(first)
+        check(root, name, record)
+
+    monkeypatch.setattr(integrity, "check_content", after_pruning)
+    found = run_json(capsys, "verify", first.parent)
+    assert found["ok"] and [one["gone"] for one in found["checkpoints"]] == [True, False]
+    assert not any(one["damaged"] for one in found["checkpoints"])
+    assert names(second.parent) == {"latest", second.name}
+
+
+def test_verify_of_nothing_is_not_well(mini_run: Callable[..., Any], tmp_path: Path) -> None:
+    path = mini_run().save(1)
+    (path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"step_00000001 has no checkpoint: its manifest\.json is missing"):
+        main(["verify", str(path)])
+    path.rename(path.with_name(path.name + ".tmp"))
+    with pytest.raises(CheckpointError, match=r"has no checkpoint, only what unfinished saves"):
+        main(["verify", str(tmp_path)])
+
+
+def test_sizes_are_found_while_folders_disappear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").write_bytes(b"12345")
+    walk = os.scandir
+
+    def vanishing(path: Any) -> Any:
+        if Path(path).name in ("one", "two") and (tmp_path / "one").exists() and (tmp_path / "two").exists():
+            (Path(path) / "file").unlink()
+            Path(path).rmdir()
+        return walk(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert disk_usage([tmp_path]) == (5, 5)

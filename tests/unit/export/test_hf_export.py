@@ -272,7 +272,17 @@ def test_bf16_keeps_choices_in_fp32_and_the_card_tells_what_it_is(tmp_path: Path
     bias = model.model.layers[2].mlp.gate.e_score_correction_bias
     assert torch.equal(bias, source.model.model.layers[2].mlp.gate.e_score_correction_bias)
     card = (out / "README.md").read_text(encoding="utf-8")
-    for text in ("license: apache-2.0", "# stand-in", "3,584", "5.2500", "7 of 9", "model.route", "python_stdlib"):
+    for text in (
+        "license: apache-2.0",
+        "use_cache=False",
+        "add_special_tokens=False",
+        "# stand-in",
+        "3,584",
+        "5.2500",
+        "7 of 9",
+        "model.route",
+        "python_stdlib",
+    ):
         assert text in card
 
 

@@ -10,15 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from megamem.errors import ConfigError, DataError, ExportError
 from megamem.testing.pretrained import END, FAMILIES, VOCABULARY, config_of, write_pretrained
 from megamem_checkpoints.hf.native.families import model_of
 from megamem_checkpoints.hf.pretrained import Pretrained
 from megamem_checkpoints.reader import CheckpointReader
+from megamem_data.tokenizer import open_tokenizer
 from megamem_launch.config import load_config
-from megamem_launch.verbs import export, import_
+from megamem_launch.verbs import export, generate, import_
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -69,9 +70,87 @@ def test_an_export_gives_back_every_byte(family: str, dtype: torch.dtype, tmp_pa
         assert ours[name].dtype == dtype and torch.equal(ours[name], tensor), name
     before, after = (AutoConfig.from_pretrained(path).to_dict() for path in (folder, out))
     changed = {name for name in before if before[name] != after.get(name)}
-    assert changed <= {"_name_or_path", "bos_token_id", "pad_token_id", "head_dim"}, changed
+    assert changed <= {"_name_or_path", "head_dim"}, changed
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
+
+
+GENERATION = {"do_sample": True, "eos_token_id": [END + 1, END + 2], "max_length": 99, "temperature": 0.6}
+
+
+@pytest.mark.parametrize("target", ["native", "megamem"])
+def test_an_export_is_the_same_model(target: str, tmp_path: Path) -> None:
+    folder, run, out = tmp_path / "hf", tmp_path / "run", tmp_path / "out"
+    ends = [END + 1, END]
+    scaling = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, **scaling}
+    changes: dict[str, Any] = {"rope_parameters": rope, "bos_token_id": 259, "eos_token_id": ends, "pad_token_id": None}
+    write_pretrained(folder, "llama", max_position_embeddings=131072, **changes)
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION), encoding="utf-8")
+    assert import_.main([str(folder), str(run)]) == 0
+    assert load_config(run).data.seq_length == 4096
+    assert export.main([str(run), str(out), "--to", target]) == 0
+    found = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert (found["max_position_embeddings"], found["bos_token_id"]) == (131072, 259)
+    assert found["eos_token_id"] == (ends if target == "native" else END)  # where n-grams stop is one token
+    assert found["pad_token_id"] == (None if target == "native" else END)
+    # The tokenizer's own end of documents, which the lists of the original may lack, is added.
+    generation = json.loads((out / "generation_config.json").read_text(encoding="utf-8"))
+    assert generation == GENERATION | {"eos_token_id": [*GENERATION["eos_token_id"], END]}
+    assert json.loads((out / "export.json").read_text(encoding="utf-8"))["seq_length"] == 4096
+    assert "add_special_tokens" not in (out / "README.md").read_text(encoding="utf-8")  # its training had them
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_tokenizer_of_llama_2_comes_and_goes(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, run, out = tmp_path / "hf", tmp_path / "run", tmp_path / "out"
+    model = write_pretrained(folder, family, tokenizer="metaspace", bos_token_id=1, eos_token_id=2)
+    (folder / "generation_config.json").unlink()
+    assert import_.main([str(folder), str(run)]) == 0
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (run / "tokenizer" / name).read_bytes() == (folder / name).read_bytes()
+    assert export.main([str(run), str(out), "--to", "native"]) == 0
+    assert (out / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert json.loads((out / "generation_config.json").read_text(encoding="utf-8")) == {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    tokenizer, prompt = AutoTokenizer.from_pretrained(out), "a  <s> b"
+    ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True, return_tensors="pt").input_ids
+    assert ids.tolist() == [open_tokenizer(folder).encode(prompt)]
+    assert tokenizer(prompt).input_ids[0] == 1 not in ids
+    capsys.readouterr()
+    assert generate.main([str(out), prompt, "--max-new-tokens", "7"]) == 0
+    expected = model.generate(ids, max_new_tokens=7, do_sample=False, pad_token_id=2)
+    assert capsys.readouterr().out == tokenizer.decode(expected[0], skip_special_tokens=True) + "\n"
+
+
+def test_a_tokenizer_that_cannot_leave_again_does_not_enter(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    write_pretrained(folder, "llama")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["added_tokens_decoder"] = {"260": {"content": "quick"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(ExportError, match="AutoTokenizer does not give the ids"):
+        import_.main([str(folder), str(tmp_path / "run")])
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_position_ids_tell_packed_documents_apart_as_the_card_says(family: str, tmp_path: Path) -> None:
+    model = write_pretrained(tmp_path, family)
+    one, two = torch.arange(7)[None] + 3, torch.arange(5)[None] + 90
+    positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
+    packed = model(torch.cat([one, two], dim=1), position_ids=positions, use_cache=False).logits
+    apart = torch.cat([model(ids, use_cache=False).logits for ids in (one, two)], dim=1)
+    torch.testing.assert_close(packed, apart, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [-5, 1])
+def test_a_sequence_has_a_length(length: int, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--seq-length is {length}; set at least 2"):
+        import_.main([str(tmp_path), str(tmp_path / "run"), "--seq-length", str(length)])
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -155,6 +234,12 @@ def test_damage_is_found_before_anything_is_written(tmp_path: Path) -> None:
     refused("its weights are quantised")
     change_config(folder, quantization_config=None, hidden_size=28)
     refused("has shape")
+    generation = folder / "generation_config.json"
+    content = generation.read_text(encoding="utf-8")
+    generation.write_text("[]", encoding="utf-8")
+    change_config(folder, hidden_size=24)
+    refused(r"generation_config\.json is damaged")
+    generation.write_text(content, encoding="utf-8")
     change_config(folder, hidden_size="wide")
     refused(r"config\.json is no configuration of a llama model")
     change_config(folder, hidden_size=24, model_type="gpt2")

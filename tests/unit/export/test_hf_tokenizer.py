@@ -11,7 +11,10 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from megamem.errors import ExportError
-from megamem_checkpoints.hf.tokenizer import SAMPLE, check_ids, export_tokenizer
+from megamem.testing.pretrained import VOCABULARY, config_of, write_tokenizer
+from megamem_checkpoints.hf.remote_code.configuration_megamem import MegamemConfig
+from megamem_checkpoints.hf.tokenizer import SAMPLE, check_export, check_ids, check_import, export_tokenizer
+from megamem_data.tokenizer import open_tokenizer
 
 TEXT = Path(json.__file__).read_text(encoding="utf-8") + Path(json.decoder.__file__).read_text(encoding="utf-8")
 
@@ -45,7 +48,8 @@ def test_bpe_ids_are_those_of_sentencepiece(tmp_path: Path, prefix: bool) -> Non
     model = train(tmp_path / "some.model", add_dummy_prefix=prefix)
     folder = tmp_path / "export"
     folder.mkdir()
-    tokenizer = export_tokenizer(model, folder, max_length=128)
+    export_tokenizer(model, folder, max_length=128)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert check_ids(tokenizer, model, [TEXT, *TEXT.splitlines()[:50]]) == len(SAMPLE) + 51
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == 1
     config = (folder / "tokenizer_config.json").read_text(encoding="utf-8")
@@ -58,16 +62,54 @@ def test_bpe_ids_are_those_of_sentencepiece(tmp_path: Path, prefix: bool) -> Non
 
 def test_a_unigram_model_is_refused(tmp_path: Path) -> None:
     model = train(tmp_path / "some.model", model_type="unigram")
-    tokenizer = export_tokenizer(model, tmp_path, max_length=128)
+    export_tokenizer(model, tmp_path, max_length=128)
     with pytest.raises(ExportError, match=r"differs from sentencepiece.*data\.tokenizer\.type to bpe"):
-        check_ids(tokenizer, model, [TEXT])
+        check_ids(AutoTokenizer.from_pretrained(tmp_path), model, [TEXT])
 
 
 def test_a_normalising_model_is_refused(tmp_path: Path) -> None:
     model = train(tmp_path / "some.model", normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
-    tokenizer = export_tokenizer(model, tmp_path, max_length=128)
+    export_tokenizer(model, tmp_path, max_length=128)
     with pytest.raises(ExportError, match="differs from sentencepiece"):
-        check_ids(tokenizer, model, [])
+        check_ids(AutoTokenizer.from_pretrained(tmp_path), model, [])
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "megamem"])
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+def test_a_class_that_does_not_read_tokenizer_json_is_replaced(family: str, kind: str, tmp_path: Path) -> None:
+    origin, folder = tmp_path / "origin", tmp_path / "export"
+    origin.mkdir()
+    folder.mkdir()
+    write_tokenizer(origin, kind)
+    config = MegamemConfig(vocab_size=VOCABULARY) if family == "megamem" else config_of(family)
+    config.save_pretrained(folder)
+    export_tokenizer(origin / "tokenizer.json", folder, max_length=128)
+    assert check_export(folder, config, origin / "tokenizer.json", ["the  text"]) == len(SAMPLE) + 1
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    expected = json.loads((origin / "tokenizer_config.json").read_text(encoding="utf-8"))
+    replaced = kind == "metaspace" and family != "mixtral"  # for Mixtral, transformers itself mistrusts the class
+    assert settings == expected | ({"tokenizer_class": "PreTrainedTokenizerFast"} if replaced else {})
+    assert (folder / "tokenizer.json").read_bytes() == (origin / "tokenizer.json").read_bytes()
+    ours, theirs = open_tokenizer(origin), AutoTokenizer.from_pretrained(folder, config=config)
+    for text in SAMPLE:
+        ids = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert ids == ours.encode(text), text
+    front = [1] if kind == "metaspace" else []
+    assert theirs.encode("the")[: len(front)] == front and theirs.eos_token_id == ours.eos_id
+
+
+def test_a_tokenizer_that_no_class_reproduces_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    write_tokenizer(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["added_tokens_decoder"] = {"260": {"content": "quick"}}  # which tokenizer.json does not know
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(ExportError, match=r"does not give the ids of .*tokenizer\.json for 'The quick"):
+        check_import(tmp_path / "tokenizer.json", config_of("llama"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": 3}', encoding="utf-8")
+    with pytest.raises(ExportError, match="AutoTokenizer does not open the tokenizer of the run"):
+        check_import(tmp_path / "tokenizer.json", config_of("llama"))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no model"])

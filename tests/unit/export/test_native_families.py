@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from megamem.memory.config import BankConfig, MemoryConfig
 from megamem.models.config import ModelConfig
 from megamem_checkpoints.hf.export import check_plan
 from megamem_checkpoints.hf.native.families import conditions, family_of
-from megamem_checkpoints.hf.native.memory_free import plan
+from megamem_checkpoints.hf.native.memory_free import _notes, plan
 from megamem_checkpoints.hf.native.merge import block_rows
 from megamem_checkpoints.hf.source import Source
+from megamem_checkpoints.hf.write import write_weights
 
 HIDDEN, FFN = 12, 10
 
@@ -122,6 +124,25 @@ def test_norms_in_bf16_come_with_a_warning() -> None:
     assert plan(source()).notes == ()
     (note,) = plan(source("bf16")).notes
     assert "--dtype fp32" in note and "qwen3" in note
+
+
+@pytest.mark.parametrize(("qk_layernorm", "family"), [(True, "qwen3_moe"), (False, "mixtral")])
+def test_routers_in_bf16_come_with_a_warning(qk_layernorm: bool, family: str) -> None:
+    origin = source("bf16")
+    origin.model.qk_layernorm, origin.model.layernorm_zero_centered_gamma = qk_layernorm, False
+    origin.model.moe.layers = [0, 1]
+    (note,) = _notes(origin, family, "")
+    assert note.startswith(f"In bf16 a {family} model rounds the scores of experts")
+    assert not list(_notes(replace(origin, dtype=torch.float32), family, ""))
+
+
+def test_every_tensor_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    origin, read = source(), []
+    monkeypatch.setattr(
+        type(origin.reader), "tensor", lambda reader, name: read.append(name) or reader.dense[name], raising=True
+    )
+    write_weights(tmp_path, plan(origin).tensors, "5GB")
+    assert sorted(read) == origin.reader.names()
 
 
 @pytest.mark.parametrize(

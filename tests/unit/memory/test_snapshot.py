@@ -216,8 +216,13 @@ def test_disk_files_are_committed_where_they_still_are_the_checkpoint(tmp_path: 
     assert table.committed == "a"
     taken = table.snapshot(tmp_path)
     train(table, rule, np.random.default_rng(0), 1)
+    assert all(path.stat().st_size for path in tmp_path.rglob("*.undo"))
     taken.close("b")
     assert table.committed == ""
+    # A resume takes "b", which the files are not: nothing is kept for "a", now or later.
+    train(table, rule, np.random.default_rng(1), 2)
+    assert not list(tmp_path.rglob("*.commit"))
+    assert [path.stat().st_size for path in tmp_path.rglob("*.undo")] == [0, 0]
     table.snapshot(tmp_path).close()
     assert table.committed == ""
     table.snapshot(tmp_path).close("c")

@@ -22,6 +22,7 @@ from megamem.memory.config import DiskConfig, StorageConfig
 from megamem.memory.table import InitSegment, OwnedTable, TableSpec
 from megamem.memory.tiers.base import RowStore, record_bytes
 from megamem.memory.tiers.disk import DiskStore, committed_label
+from megamem.memory.tiers.journal import UndoJournal
 from megamem.memory.tiers.resident import open_host
 from megamem.memory.tiers.resources import TierResources
 from megamem_kernels.formats import Field
@@ -121,6 +122,26 @@ def test_what_is_committed_is_found_again_and_nothing_else(tmp_path: Path) -> No
     assert other.committed == "" and not any(as_bytes(tensor).any() for tensor in other.read(0, RECORDS).values())
     other.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_given_up_is_not_found_and_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, undo = open_disk(tmp_path), tmp_path / "t.undo"
+    store.commit("step 5")
+    random_step(store, 6)
+    assert undo.stat().st_size > 0
+    with monkeypatch.context() as patch:  # killed in between, the rest of the journal must not be taken for all of it
+        patch.setattr(UndoJournal, "clear", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.commit("")
+    assert committed_label(tmp_path / "t") == ""
+    store.commit("")
+    for seed in range(7, 12):
+        random_step(store, seed)
+    assert undo.stat().st_size == 0 and store.committed == ""
+    store.commit("step 9")
+    random_step(store, 13)
+    assert undo.stat().st_size > 0 and committed_label(tmp_path / "t") == "step 9"
+    store.close()
 
 
 @pytest.mark.parametrize("change", [("boot", "another"), ("records", 399), ("label", "step 6"), ("fields", [])])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -300,14 +302,16 @@ def test_context_of_documents(lengths: list[list[int]]) -> None:
     assert longest == [max(flat)] * 2 and first_keys == [0, 0]
     assert (context.qkv_format, context.max_seqlen_q, context.max_seqlen_kv) == ("sbhd", s, s)
     if len(flat) == 2:
-        assert context.is_causal and context.attention_mask is None
+        assert context.is_causal and context.attention_mask(torch.float32) is None
     else:
         expected = [
             [[micro.document_ids[b, i] == micro.document_ids[b, j] and j <= i for j in range(s)] for i in range(s)]
             for b in range(2)
         ]
-        assert context.attention_mask.tolist() == [[mask] for mask in expected]
-        assert context.attention_mask is context.attention_mask
+        mask = context.attention_mask(torch.bfloat16)
+        assert mask.dtype == torch.bfloat16 and mask.exp().bool().tolist() == [[rows] for rows in expected]
+        assert context.attention_mask(torch.bfloat16) is mask
+        assert context.attention_mask(torch.float32).exp().equal(mask.exp().float())
 
 
 def test_flash_backend_is_refused_where_it_cannot_run() -> None:
@@ -316,6 +320,49 @@ def test_flash_backend_is_refused_where_it_cannot_run() -> None:
         choose_backend(small(attention_backend="flash"), cpu, torch.bfloat16)
     assert choose_backend(small(), cpu, torch.bfloat16) == "sdpa"
     assert choose_backend(small(attention_backend="sdpa"), cpu, torch.bfloat16) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "dtype", "obstacle"),
+    [
+        ("2.1.0", "cuda", torch.bfloat16, ""),
+        ("2.8.3+cu12", "cuda", torch.float16, ""),
+        ("2.0.9", "cuda", torch.bfloat16, "flash-attn 2.0.9 is older than 2.1"),
+        (None, "cuda", torch.bfloat16, "flash-attn is not installed"),
+        ("2.8.3", "cuda", torch.float32, "flash-attn does not compute in float32"),
+        ("2.8.3", "cpu", torch.bfloat16, "there is no CUDA device"),
+    ],
+)
+def test_flash_is_chosen_only_where_its_causal_mask_ends_at_the_last_key(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, device: str, dtype: torch.dtype, obstacle: str
+) -> None:
+    def installed(name: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    assert choose_backend(small(), torch.device(device), dtype) == ("sdpa" if obstacle else "flash")
+    if obstacle:
+        with pytest.raises(ConfigError, match=f"is flash, but {re.escape(obstacle)}"):
+            choose_backend(small(attention_backend="flash"), torch.device(device), dtype)
+
+
+def test_layers_share_one_attention_mask() -> None:
+    """Autograd keeps it once, whatever the number of layers."""
+    context = MicroContext.from_batch(batch(2, 13, [[5, 8], [1, 12]]), torch.device("cpu"))
+    saved = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    x = torch.randn(13, 2, 4, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        for _ in range(3):
+            sdpa(x, x, x, context, None)
+    masks = {tensor.untyped_storage().data_ptr() for tensor in saved if tensor.shape[-2:] == (13, 13)}
+    assert masks == {context.attention_mask(torch.float32).untyped_storage().data_ptr()}
 
 
 FLASH = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None

@@ -29,15 +29,19 @@ WORK = Work(
     sequence_parallel=False,
     recompute="none",
     device="cpu",
+    attention="sdpa",
 )
 
 
-def saved_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
-    """Storage that autograd keeps between forward and backward of one micro-batch of ``WORK``, parameters left out."""
+def saved_bytes(model: ModelConfig, work: Work, documents: int) -> int:
+    """Storage that autograd keeps between forward and backward of one micro-batch of ``documents`` per sequence, parameters
+    left out."""
+    dtype = {4: torch.float32, 2: torch.bfloat16}[work.element_bytes]
+    b, s = work.micro_batch_size, work.seq_length
     init_distributed()
     groups = initialize(Layout(), seed=1)
     gpt = build_model(
-        model, MemoryConfig(), groups=groups, seq_length=40, dtype=dtype, seed=1, sequence_parallel=False
+        model, MemoryConfig(), groups=groups, seq_length=s, dtype=dtype, seed=1, sequence_parallel=False
     ).to(dtype)
     own = {param.untyped_storage().data_ptr() for param in gpt.parameters()}
     seen: dict[int, int] = {}
@@ -48,38 +52,90 @@ def saved_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
             seen[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    tokens = torch.randint(0, 300, (3, 41), generator=torch.Generator().manual_seed(0))
-    context = MicroContext(document_ids=torch.arange(3, dtype=torch.int32)[:, None].expand(3, 40).contiguous())
+    tokens = torch.randint(0, 300, (b, s + 1), generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(b * documents, dtype=torch.int32).repeat_interleave(s // documents).view(b, s)
+    context = MicroContext(document_ids=ids)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = gpt(
-            tokens[:, :-1], torch.arange(40).expand(3, 40), None, labels=tokens[:, 1:], packed_seq_params=context
-        )
+        loss = gpt(tokens[:, :-1], torch.arange(s).expand(b, s), None, labels=tokens[:, 1:], packed_seq_params=context)
     assert loss.requires_grad
     destroy()
     return sum(seen.values())
 
 
+LONG = {"seq_length": 512, "micro_batch_size": 1}
+
+
 @pytest.mark.parametrize(
-    ("model", "dtype"),
+    ("model", "changes", "documents"),
     [
-        pytest.param(DENSE, torch.float32, id="dense-fp32"),
-        pytest.param(DENSE, torch.bfloat16, id="dense-bf16"),
-        pytest.param(EXPERTS, torch.float32, id="experts-fp32"),
+        pytest.param(DENSE, {}, 1, id="dense-fp32"),
+        pytest.param(DENSE, {"element_bytes": 2}, 2, id="dense-bf16"),
+        pytest.param(EXPERTS, {}, 4, id="experts-fp32"),
+        pytest.param(DENSE, LONG, 4, id="dense-fp32-long-packed"),
+        pytest.param(DENSE, LONG | {"element_bytes": 2}, 2, id="dense-bf16-long-packed"),
     ],
 )
-def test_activation_estimate_is_near_what_autograd_keeps(model: ModelConfig, dtype: torch.dtype) -> None:
-    work = replace(WORK, element_bytes=dtype.itemsize)
+def test_activation_estimate_is_near_what_autograd_keeps(
+    model: ModelConfig, changes: dict[str, int], documents: int
+) -> None:
+    work = replace(WORK, **changes)  # type: ignore[arg-type]
     estimate = activation_bytes(work, model, MemoryConfig(), Layout(), 0)
     # torch's norms on the CPU keep a second fp32 copy, which its fused ones do not.
-    assert 0.65 < estimate / saved_bytes(model, dtype) < 1.25
+    assert 0.75 < estimate / saved_bytes(model, work, documents) < 1.05
+
+
+def test_the_mask_of_packed_documents_counts_once_for_each_micro_batch_under_way() -> None:
+    def mask(layout: Layout, stage: int = 0, micro_batches: int = 8) -> float:
+        """In masks of one micro-batch."""
+        work = replace(WORK, micro_batches=micro_batches)
+        sdpa, flash = (
+            activation_bytes(replace(work, attention=backend), DENSE, MemoryConfig(), layout, stage)
+            for backend in ("sdpa", "flash")
+        )
+        return (sdpa - flash) / (3 * 40 * 40 * 4)
+
+    assert mask(Layout()) == 1
+    assert mask(Layout(2, cp=2)) == 0.5
+    assert [mask(Layout(4, pp=4), stage) for stage in range(4)] == [4, 3, 2, 1]
+    assert mask(Layout(4, pp=4), micro_batches=2) == 2
+    assert mask(Layout(2, pp=2, vpp=2)) == 4
+
+
+def test_full_recompute_rebuilds_one_layer_at_a_time_however_many_micro_batches_are_under_way() -> None:
+    def full(layout: Layout, micro_batches: int = 8) -> int:
+        work = replace(WORK, recompute="full", micro_batches=micro_batches, attention="flash")
+        return activation_bytes(work, DENSE, MemoryConfig(), layout, 0)
+
+    stream = 3 * 40 * 48 * 4  # of one layer and one micro-batch
+    one = full(Layout(4, pp=4), micro_batches=1) - stream
+    assert full(Layout(4, pp=4)) == 4 * stream + one
+    assert full(Layout(2, pp=2)) == 2 * 2 * stream + one
+    assert full(Layout(2, pp=2, vpp=2)) == 5 * stream + one
+    without = replace(WORK, micro_batches=1, attention="flash")
+    assert one == activation_bytes(without, DENSE, MemoryConfig(), Layout(4, pp=4), 0)
+
+
+def test_a_bank_keeps_the_blocks_of_its_documents() -> None:
+    def bank(**changes: object) -> int:
+        work = replace(WORK, **changes)  # type: ignore[arg-type]
+        memories = (MemoryConfig(bank=BankConfig(units=units, layers=[2])) for units in ([], [5, 0, 3]))
+        without, having = (activation_bytes(work, DENSE, memory, Layout(), 0) for memory in memories)
+        return having - without
+
+    blocks = 2 * 3 * (3 * 8 * 48) * 4  # two documents in each of three sequences
+    tokens = 3 * 40 * (5 * 8 + 48) * 4
+    assert bank() == tokens + blocks
+    assert bank(seq_length=80) == 2 * tokens + blocks
+    assert bank(recompute="selective") == 3 * 40 * 48 * 4
 
 
 def test_activations_shrink_with_what_shares_them() -> None:
-    memory = MemoryConfig(engram=EngramConfig(layers=[1], heads=2, width=4), bank=BankConfig(units=[8]))
+    memory = MemoryConfig(engram=EngramConfig(layers=[1], heads=2, width=4))
     wide = replace(DENSE, num_attention_heads=8, num_query_groups=8, kv_channels=8)
 
     def estimate(layout: Layout, memory: MemoryConfig = memory, **changes: object) -> int:
-        return activation_bytes(replace(WORK, **changes), wide, memory, layout, 0)  # type: ignore[arg-type]
+        work = replace(WORK, attention="flash", **changes)  # type: ignore[arg-type]
+        return activation_bytes(work, wide, memory, layout, 0)
 
     alone = estimate(Layout())
     tp = estimate(Layout(2, tp=2))
@@ -126,12 +182,13 @@ def test_account_adds_tables_working_sets_and_dense_parts() -> None:
 
 
 def test_the_table_shows_this_rank_and_the_most_of_any() -> None:
-    ranks = [{"parameters_device": 2**20, "optimizer_host": 2**30}, {"parameters_device": 3 * 2**20}]
+    ranks = [{"parameters_device": 2**20, "optimizer_host": 2**30}, {"parameters_device": 3 * 2**20, "buffers_host": 4}]
     most = largest(ranks)
-    assert most == {"optimizer_host": 2**30, "parameters_device": 3 * 2**20}
+    assert most == {"buffers_host": 4, "optimizer_host": 2**30, "parameters_device": 3 * 2**20}
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(render(ranks[0], most, most_total=largest([totals(rank) for rank in ranks])))
     lines = {tuple(line.split()[:2]): line for line in console.export_text().splitlines() if line.strip()}
     assert "1 MiB" in lines["parameters", "device"] and "3 MiB" in lines["parameters", "device"]
     assert "1 GiB" in lines["optimizer", "host"]
+    assert "buffers (partly estimate)" in lines["buffers", "(partly"]
     assert "3 MiB" in lines["total", "device"] and "1 GiB" in lines["total", "host"]

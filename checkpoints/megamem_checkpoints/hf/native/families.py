@@ -50,8 +50,8 @@ def conditions(family: str, model: ModelConfig) -> list[str]:
     return found
 
 
-def config_of(family: str, model: ModelConfig, *, eos_id: int, max_length: int, **settings: Any) -> Any:
-    """The ``PreTrainedConfig`` of a model that meets the :func:`conditions`; ``settings`` come on top."""
+def config_of(family: str, model: ModelConfig, *, max_length: int, **settings: Any) -> Any:
+    """The ``PreTrainedConfig`` of a model that meets the :func:`conditions`; ``settings`` (special tokens, ...) come on top."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -70,9 +70,6 @@ def config_of(family: str, model: ModelConfig, *, eos_id: int, max_length: int, 
         "rms_norm_eps": model.norm_epsilon,
         "rope_parameters": rope_parameters(model),
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        "bos_token_id": None,
-        "eos_token_id": eos_id,
-        "pad_token_id": eos_id,
     }
     if family == "qwen3_moe":
         common |= {

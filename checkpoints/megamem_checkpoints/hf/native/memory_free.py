@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megamem.errors import ExportError
+from megamem_checkpoints.hf.inherited import context_length, special_tokens
 from megamem_checkpoints.hf.mapping import Weight, map_names
 from megamem_checkpoints.hf.native.families import conditions, config_of, family_of
 from megamem_checkpoints.hf.native.merge import MergedBank, block_rows
@@ -34,11 +35,12 @@ def plan(source: Source, *, family: str = "", merge_path: str = "") -> ExportPla
             f"the model is no {family} model: {'; '.join(problems)}; export it with `--to megamem`, which keeps everything"
         )
     bank = MergedBank(source, block_rows(merge_path, source.memory.bank)) if merge_path else None
-    settings: dict[str, Any] = {"intermediate_size": model.ffn_hidden_size + bank.units} if bank is not None else {}
-    config = config_of(
-        family, model, eos_id=source.eos_id, max_length=source.seq_length, dtype=source.dtype, **settings
-    )
-    read = lru_cache(maxsize=1)(source.tensor)  # queries, keys and values are parts of one tensor, and neighbours
+    settings = special_tokens(source.meta) | {"dtype": source.dtype}
+    if bank is not None:
+        settings["intermediate_size"] = model.ffn_hidden_size + bank.units
+    config = config_of(family, model, max_length=context_length(source.meta), **settings)
+    weights = map_names(source.reader.names(), model, family)
+    read = source.parts_reader(weight.source for weight in weights)
 
     def content(weight: Weight, tensor: Tensor) -> Tensor:
         part = weight.part(tensor)
@@ -60,7 +62,7 @@ def plan(source: Source, *, family: str = "", merge_path: str = "") -> ExportPla
     return ExportPlan(
         model_type=family,
         config=config,
-        tensors=[planned(weight) for weight in map_names(source.reader.names(), model, family)],
+        tensors=[planned(weight) for weight in weights],
         expected=saved_shapes(config),
         dropped={
             table: f"its block on the path {merge_path} is merged, the others are left out" for table in source.tables()
@@ -75,6 +77,11 @@ def _notes(source: Source, family: str, merge_path: str) -> Iterator[str]:
             f"Trained norms scale by 1 + weight, those of a {family} model by a bf16 number: scales are rounded by up to 0.4 %, so "
             "logits are not the trainer's. An export in fp32 (`--dtype fp32`) is exact to fp32's rounding, and a model that was "
             "trained with `model.layernorm_zero_centered_gamma=false` needs none."
+        )
+    if source.model.moe.layers and source.dtype == torch.bfloat16:
+        yield (
+            f"In bf16 a {family} model rounds the scores of experts to bf16, which training kept in fp32: a token whose experts "
+            "score nearly the same may take other ones."
         )
     if merge_path:
         yield (

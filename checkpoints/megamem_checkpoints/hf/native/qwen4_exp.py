@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -76,7 +76,9 @@ def plan(source: Source, *, table_files: int | None = None) -> ExportPlan:
         tensors.append(PlannedTensor(name, shape, source.dtype, (), partial(_zeros, shape, source.dtype)))
     learned = sum(math.prod(source.reader.shape(name)) for name in source.reader.names())
     exported = sum(math.prod(tensor.shape) for tensor in tensors if ".ple_embedding." not in tensor.name)
-    return ExportPlan(config.model_type, config, tensors, expected, notes=_notes(config, exported / learned - 1))
+    return ExportPlan(
+        config.model_type, config, tensors, expected, notes=_notes(config, exported / learned - 1), packs=False
+    )
 
 
 def _notes(config: Qwen4ExpTextConfig, growth: float) -> tuple[str, ...]:
@@ -96,7 +98,7 @@ def _notes(config: Qwen4ExpTextConfig, growth: float) -> tuple[str, ...]:
 
 
 def _dense(source: Source, weights: Sequence[Weight], rules: Rules) -> Iterator[PlannedTensor]:
-    read = lru_cache(maxsize=1)(source.tensor)  # queries, keys and values are parts of one tensor, and neighbours
+    read = source.parts_reader(weight.source for weight in weights for _ in rules.native(weight.name))
 
     def pieces(weight: Weight, change: Change) -> Iterator[Tensor]:
         yield change(weight.part(read(weight.source))).to(source.dtype)
