@@ -6,6 +6,7 @@ import contextlib
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from megamem.errors import CheckpointError
@@ -94,12 +95,20 @@ def publish(temporary: Path, final: Path) -> None:
     write_text(final.parent / LATEST, final.name + "\n")
 
 
-def prunable(directory: Path, *, keep: int, keep_every: int = 0, step: int | None = None) -> list[Path]:
+def prunable(
+    directory: Path,
+    *,
+    keep: int,
+    keep_every: int = 0,
+    step: int | None = None,
+    whole: Callable[[Path], bool] | None = None,
+) -> list[Path]:
     """What may go when the newest ``keep`` whole checkpoints stay, oldest first.
 
     Everything older than these goes, and what was moved aside for a new checkpoint of the same step; but never one whose step
     is a multiple of ``keep_every`` (0: no such step), nor the one that ``latest`` names. A damaged one does not count as kept,
-    so that damage never costs the last whole one. With ``step``, later ones are as if they were not there.
+    so that damage never costs the last whole one: ``whole`` decides, by default :func:`is_whole`, which knows lengths alone. With
+    ``step``, later ones are as if they were not there.
     """
     kept, older = 0, []
     for number, path in reversed(_steps(directory)):
@@ -107,7 +116,7 @@ def prunable(directory: Path, *, keep: int, keep_every: int = 0, step: int | Non
             continue
         if kept == keep or (kept and _is_aside(path)):
             older.append((number, path))
-        elif is_whole(path) and not _is_aside(path):
+        elif (whole or is_whole)(path) and not _is_aside(path):
             kept += 1
     named = _named(directory)
     return [

@@ -82,6 +82,10 @@ def writer_lock(directory: Path, *, doing: str = "writing a checkpoint into") ->
 
 
 def _damaged(root: Path, name: str, what: str) -> CheckpointError:
+    if not root.exists():
+        return CheckpointError(
+            f"checkpoint {root} was deleted while it was read, as a run that trains does with old ones; give the command again"
+        )
     return CheckpointError(
         f"file {name} of checkpoint {root} is {what}; delete {root} to go back to the checkpoint before it"
     )

@@ -150,7 +150,11 @@ def harness(
     )
     assert results is not None  # other ranks of the harness get None; here there is one
     return {
-        task: {name.removesuffix(",none"): float(value) for name, value in metrics.items() if _is_number(value)}
+        task: {
+            name.removesuffix(",none"): float(value)
+            for name, value in metrics.items()
+            if _is_number(value) and name != "sample_len"
+        }
         for task, metrics in results["results"].items()
     }
 

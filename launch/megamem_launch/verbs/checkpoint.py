@@ -22,6 +22,7 @@ from megamem.errors import CheckpointError
 from megamem_launch.verbs.parse import parse
 
 _SHOWN = 20
+_PRUNE_THREADS = 4
 """Lines of each kind that ``diff`` prints; ``--json`` has all."""
 
 
@@ -252,12 +253,17 @@ def _prune(arguments: PruneArguments) -> int:
     at_least(arguments, 1, "keep")
     at_least(arguments, 0, "keep_every")
     from megamem_checkpoints import directory as directories
+    from megamem_checkpoints.integrity import Verification
     from megamem_checkpoints.listing import disk_usage
+
+    def whole(path: Path) -> bool:
+        """By every byte: what stays must be good where others go for it."""
+        return directories.is_whole(path) and not Verification([path]).run(threads=_PRUNE_THREADS)[0].damaged
 
     directory = _directory(arguments.run)
     with contextlib.nullcontext() if arguments.dry_run else _alone(directory):
         doomed = directories.leftovers(directory)
-        doomed += directories.prunable(directory, keep=arguments.keep, keep_every=arguments.keep_every)
+        doomed += directories.prunable(directory, keep=arguments.keep, keep_every=arguments.keep_every, whole=whole)
         _, freed = disk_usage(doomed)
         for path in () if arguments.dry_run else doomed:
             directories.delete(path)

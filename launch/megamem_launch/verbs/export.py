@@ -33,8 +33,9 @@ class Arguments:
     """Directory of a run, whose latest checkpoint is taken, or one checkpoint."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Directory to write."""
-    to: str = "megamem"
-    """Kind of model: megamem keeps everything and carries its own modelling code; see docs/huggingface.md for the others."""
+    to: Literal["megamem", "qwen4_exp", "llama", "qwen3", "qwen3_moe", "mixtral", "native"] = "megamem"
+    """Kind of model: megamem keeps everything and carries its own modelling code; the others open without it, if the model fits
+    (docs/huggingface.md). native: whichever of llama, qwen3, qwen3_moe and mixtral fits."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the dense weights; auto is bf16 for a run with train.precision=bf16, else fp32."""
     table_files: int | None = None
@@ -86,7 +87,9 @@ def main(argv: list[str]) -> int:
         clusters=data / "clusters.safetensors",
         sample=_documents(data, reader.meta["data"]["data"]) if "data" in reader.meta else (),
         license=arguments.license,
-        max_shard_size=arguments.max_shard_size,
+        max_shard_size=int(arguments.max_shard_size)
+        if arguments.max_shard_size.isdigit()
+        else arguments.max_shard_size,
         overwrite=arguments.overwrite,
         verify=arguments.verify,
     )
@@ -94,7 +97,8 @@ def main(argv: list[str]) -> int:
     parameters = f"{report['parameters']:,} parameters, {report['dtype']}, {size / 1e6:,.1f} MB"
     print(f"{arguments.out}: step {report['step']}, {parameters}")
     checks = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in report["checks"].items())
-    print(f"checked: {checks}" if checks else "nothing was checked (--no-verify)")
+    skipped = "" if arguments.verify else "; neither checksums nor inference (--no-verify)"
+    print(f"checked: {checks}{skipped}")
     return 0
 
 

@@ -19,6 +19,7 @@ from megamem.memory.table import OwnedTable
 from megamem_checkpoints import directory, integrity
 from megamem_checkpoints.files import writer_lock
 from megamem_checkpoints.listing import disk_usage
+from megamem_checkpoints.reader import CheckpointReader
 from megamem_launch.verbs.checkpoint import main
 
 ENGRAM = "decoder.layers.1.engram.table"
@@ -338,3 +339,27 @@ def test_sizes_are_found_while_folders_disappear(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "scandir", vanishing)
     assert disk_usage([tmp_path]) == (5, 5)
+
+
+def test_prune_reads_what_it_keeps(
+    mini_run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = mini_run(keep=9)
+    paths = [run.save(step) for step in (1, 2, 3)]
+    for path in paths[1:]:  # the same length, another content; `latest` names one of them
+        file = table_file(path)
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.unlink()
+        file.write_bytes(content)
+    assert run_json(capsys, "prune", tmp_path, "--keep", "1")["paths"] == []
+    assert all(path.exists() for path in paths)
+
+
+def test_a_checkpoint_that_vanishes_is_not_called_damaged(mini_run: Callable[..., Any], tmp_path: Path) -> None:
+    run = mini_run(keep=9)
+    path = run.save(1)
+    reader = CheckpointReader(path)
+    directory.delete(path)
+    with pytest.raises(CheckpointError, match="was deleted while it was read"):
+        reader.verify()

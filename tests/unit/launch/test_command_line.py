@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from megamem.cli import main, usage, verbs
 
 ROOT = Path(__file__).parents[3]
+VERBS = {"data", "train", "export", "import", "generate", "eval", "inspect", "checkpoint"}
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     out = capsys.readouterr().out
-    assert set(verbs()) >= {"data", "train", "export", "generate", "inspect"}
+    assert set(verbs()) >= VERBS
     for name in verbs():
         assert f"  {name}" in out
     assert out.strip() == usage()
 
 
-@pytest.mark.parametrize("verb", ["data", "train", "export", "generate", "inspect"])
+@pytest.mark.parametrize("verb", sorted(VERBS))
 def test_every_verb_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main([verb, "--help"])
@@ -77,3 +79,10 @@ def test_errors_are_one_sentence_and_exit_code_2(
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export_names_every_target() -> None:
+    from megamem_checkpoints.hf.targets import TARGETS
+    from megamem_launch.verbs.export import Arguments
+
+    assert set(get_args(get_type_hints(Arguments)["to"])) == set(TARGETS)
