@@ -35,7 +35,8 @@ from training import make_trainer, run_steps
 
 from megamem.memory.config import EngramConfig, MemoryConfig, RowOptimizerConfig
 from megamem.memory.optimizers import build_row_optimizer
-from megamem.memory.table import InitSegment, OwnedTable, TableSpec
+from megamem.memory.spec import InitSegment, TableSpec
+from megamem.memory.table import OwnedTable
 from megamem.models.canonical import CanonicalEntry, canonical_entries
 from megamem.models.config import ModelConfig
 from megamem.parallel.groups import init_distributed

@@ -21,8 +21,8 @@ from megamem.memory.engine import MemoryEngine
 from megamem.memory.links import create_links
 from megamem.memory.names import table_names
 from megamem.memory.optimizers import build_row_optimizer
+from megamem.memory.spec import TOUCHED
 from megamem.memory.streams import Stream, build_streams
-from megamem.memory.table import TOUCHED
 from megamem.memory.tiers.base import record_bytes
 from megamem.memory.tiers.disk import DISK_INDEX_BYTES
 from megamem.memory.tiers.limits import available_host_bytes

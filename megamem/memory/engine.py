@@ -26,10 +26,11 @@ from megamem.memory.optimizers import build_row_optimizer
 from megamem.memory.placement import Placement
 from megamem.memory.plan import plan_step
 from megamem.memory.slots import Slot, State, Ticket
+from megamem.memory.spec import TableSpec, disk_bytes
 from megamem.memory.stats import StepStats
 from megamem.memory.step import MicroMemory, RowGradients, StepMemory
 from megamem.memory.streams import Stream
-from megamem.memory.table import OwnedTable, TableSpec, disk_bytes
+from megamem.memory.table import OwnedTable
 from megamem.memory.tiers.base import record_bytes
 from megamem.memory.tiers.resources import TierResources
 from megamem.memory.worker import Worker

@@ -8,17 +8,31 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Lock
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megamem.memory.table import OwnedTable
-
 _READ = -1
 _PIECE_BYTES = 4 * 2**20
+
+
+class SnapshotSource(Protocol):
+    """What a snapshot asks of its table, a :class:`~megamem.memory.table.OwnedTable`."""
+
+    start: int
+    stop: int
+    lock: Lock
+    snapshot_taken: Snapshot | None
+
+    @property
+    def record_bytes(self) -> int: ...
+
+    def stored(self, local: slice | np.ndarray) -> dict[str, Tensor]: ...
+
+    def commit(self, label: str) -> None: ...
 
 
 class Snapshot:
@@ -29,7 +43,7 @@ class Snapshot:
     updated before it was read, that record on the disk.
     """
 
-    def __init__(self, table: OwnedTable, folder: Path, only: np.ndarray | None) -> None:
+    def __init__(self, table: SnapshotSource, folder: Path, only: np.ndarray | None) -> None:
         """See :meth:`~megamem.memory.table.OwnedTable.snapshot`; ``only`` bool ``[owned rows]``: which ones, None for all."""
         self._table = table
         self._only = only

@@ -14,7 +14,7 @@ from megamem.memory.config import BankConfig, EngramConfig, MemoryConfig
 from megamem.memory.folding import folded_vocab_size
 from megamem.memory.hashing import HashSpec, hash_specs
 from megamem.memory.names import bank_stream_name, bank_table_name, engram_stream_name, engram_table_name
-from megamem.memory.table import InitSegment, TableSpec
+from megamem.memory.spec import InitSegment, TableSpec
 from megamem.models.config import ModelConfig
 from megamem_kernels.ngram_hash import ngram_hash
 

@@ -16,6 +16,7 @@ from megamem.memory.config import StorageConfig
 from megamem.memory.fences import Fence
 from megamem.memory.placement import Placement
 from megamem.memory.snapshot import Snapshot
+from megamem.memory.spec import TOUCHED, TableSpec
 from megamem.memory.tiers.base import RowStore, record_bytes
 from megamem.memory.tiers.disk import remove_other_layouts
 from megamem.memory.tiers.resources import TierResources
@@ -30,38 +31,10 @@ from megamem_kernels.row_update import TouchedRows, TouchedState
 STATE = "state."
 """Before the name of a state field, its key in :meth:`OwnedTable.read` and in checkpoints."""
 
-TOUCHED = Field("touched", torch.uint8, ())
-"""State that every table has: 1 for rows that were ever updated."""
-
 UpdateRule = Callable[[TouchedRows, TouchedState, Tensor], None]
 """Updates rows and state in place, given their gradient ``[u, width]`` fp32."""
 
 _CHUNK_BYTES = 4 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class InitSegment:
-    """Initial distribution of ``width`` consecutive columns: normal with mean 0."""
-
-    width: int
-    std: float
-    """Standard deviation, of the normal before truncation; 0 for zeros."""
-    truncated: bool = False
-    """Values beyond two standard deviations are drawn again."""
-
-
-@dataclass(frozen=True, slots=True)
-class TableSpec:
-    """A logical parameter ``[rows, width]``; ``init`` covers the width from left to right."""
-
-    name: str
-    rows: int
-    width: int
-    init: tuple[InitSegment, ...]
-
-    def __post_init__(self) -> None:
-        if self.rows < 1 or self.width < 1 or sum(segment.width for segment in self.init) != self.width:
-            raise ValueError(f"table {self.name}: [{self.rows}, {self.width}] is not what {self.init} covers")
 
 
 @dataclass(slots=True)
@@ -318,16 +291,6 @@ class OwnedTable:
         if self.state.committed:  # kept from an earlier process, but the rows were not
             for low, high in _pieces(self.stop - self.start, _chunk(record_bytes(self.state.fields))):
                 self.state.write(low, {field.name: field.allocate(high - low) for field in self.state.fields})
-
-
-def disk_bytes(
-    spec: TableSpec, *, owners: int, owner: int, storage: StorageConfig, state_fields: tuple[Field, ...]
-) -> int:
-    """Size of the files that :meth:`OwnedTable.create` makes: what ``TierResources.disk_bytes`` is the sum of."""
-    records = len(owner_range(spec.rows, owners, owner))
-    rows = record_bytes(row_fields(storage.format, spec.width)) if storage.tier == "disk" else 0
-    state = record_bytes((*state_fields, TOUCHED)) if storage.tier_of_state == "disk" else 0
-    return records * (rows + state)
 
 
 @contextmanager

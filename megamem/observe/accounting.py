@@ -42,7 +42,7 @@ class SizedTable(Protocol):
 
 
 class TableShape(Protocol):
-    """What accounting asks of a :class:`~megamem.memory.table.TableSpec`."""
+    """What accounting asks of a :class:`~megamem.memory.spec.TableSpec`."""
 
     @property
     def name(self) -> str: ...

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megamem.batch import MicroBatch, StepBatch
-from megamem.memory.table import InitSegment, TableSpec
+from megamem.memory.spec import InitSegment, TableSpec
 
 
 class HashedStream:

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megamem.errors import CheckpointError
-from megamem.memory.table import InitSegment, OwnedTable, TableSpec
+from megamem.memory.spec import InitSegment, TableSpec
+from megamem.memory.table import OwnedTable
 from megamem.parallel.layout import Layout, owner_range
 from megamem.testing.distributed import run_distributed
 from megamem_checkpoints.checkpointer import Checkpointer

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from megamem.memory.config import DiskConfig, RowOptimizerConfig, StorageConfig
 from megamem.memory.optimizers import build_row_optimizer
-from megamem.memory.table import InitSegment, OwnedTable, TableSpec
+from megamem.memory.spec import InitSegment, TableSpec
+from megamem.memory.table import OwnedTable
 from megamem.memory.tiers.resources import TierResources
 from megamem.models.canonical import CanonicalEntry
 from megamem.observe.journal import read_journal

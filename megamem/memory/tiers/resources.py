@@ -31,7 +31,7 @@ class TierResources:
     disk_root: Path | None = None
     """Directory of this run's disk files on this node; it is made when first needed. None: no disk tier."""
     disk_bytes: int = 0
-    """Size of all disk stores of this rank together (:func:`megamem.memory.table.disk_bytes`): each gets the part of the
+    """Size of all disk stores of this rank together (:func:`megamem.memory.spec.disk_bytes`): each gets the part of the
     cache that it has of them. 0: each gets all of it."""
     resume: str = ""
     """Label of the checkpoint that is about to be loaded with its optimizer state: disk files that were committed under it

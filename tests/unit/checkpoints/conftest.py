@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megamem.memory.table import InitSegment, OwnedTable, TableSpec
+from megamem.memory.spec import InitSegment, TableSpec
+from megamem.memory.table import OwnedTable
 from megamem_checkpoints.checkpointer import Checkpointer
 from megamem_checkpoints.config import CheckpointConfig
 from megamem_kernels.formats import Field

@@ -21,7 +21,8 @@ from torch import Tensor
 from megamem.errors import CheckpointError
 from megamem.memory.config import DiskConfig, StorageConfig
 from megamem.memory.placement import Placement
-from megamem.memory.table import InitSegment, OwnedTable, TableSpec
+from megamem.memory.spec import InitSegment, TableSpec
+from megamem.memory.table import OwnedTable
 from megamem.memory.tiers.resources import TierResources
 from megamem_checkpoints import manifest as manifests
 from megamem_checkpoints import owned, tables

@@ -19,7 +19,8 @@ from torch import Tensor
 from megamem.errors import CheckpointError, TierError
 from megamem.memory.config import DiskConfig, StorageConfig
 from megamem.memory.placement import Placement
-from megamem.memory.table import InitSegment, OwnedTable, TableSpec
+from megamem.memory.spec import InitSegment, TableSpec
+from megamem.memory.table import OwnedTable
 from megamem.memory.tiers.disk import DiskStore
 from megamem.memory.tiers.resources import TierResources
 from megamem_checkpoints import manifest as manifests

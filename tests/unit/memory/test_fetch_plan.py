@@ -9,7 +9,7 @@ from megamem.batch import MicroBatch, StepBatch
 from megamem.errors import ConfigError
 from megamem.memory.placement import Placement, PlacementName
 from megamem.memory.plan import plan_step, plan_stream
-from megamem.memory.table import InitSegment, TableSpec
+from megamem.memory.spec import InitSegment, TableSpec
 from megamem.parallel.layout import owner_range
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from megamem.memory.config import RowOptimizerConfig, StorageConfig
 from megamem.memory.optimizers import ROW_OPTIMIZERS, RowOptimizer, build_row_optimizer, sinkhorn_scales
 from megamem.memory.placement import Placement
-from megamem.memory.table import InitSegment, OwnedTable, TableSpec
+from megamem.memory.spec import InitSegment, TableSpec
+from megamem.memory.table import OwnedTable
 from megamem_kernels import parallel
 from megamem_kernels.sinkhorn import column_maxima, column_squares, reference, row_norms
 

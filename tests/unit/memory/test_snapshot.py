@@ -19,7 +19,8 @@ from megamem.memory.config import DiskConfig, RowOptimizerConfig, StorageConfig
 from megamem.memory.optimizers import RowOptimizer, build_row_optimizer
 from megamem.memory.placement import Placement
 from megamem.memory.snapshot import Snapshot
-from megamem.memory.table import InitSegment, OwnedTable, TableSpec
+from megamem.memory.spec import InitSegment, TableSpec
+from megamem.memory.table import OwnedTable
 from megamem.memory.tiers.resources import TierResources
 
 ROWS, WIDTH = 4001, 7

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megamem.memory.config import DiskConfig, StorageConfig
 from megamem.memory.placement import Placement
-from megamem.memory.table import InitSegment, OwnedTable, TableSpec, disk_bytes
+from megamem.memory.spec import InitSegment, TableSpec, disk_bytes
+from megamem.memory.table import OwnedTable
 from megamem.memory.tiers.resources import TierResources
 from megamem_kernels.formats import Field, row_fields
 from megamem_kernels.row_gather import dequantize_rows

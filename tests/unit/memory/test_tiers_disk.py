@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megamem.errors import TierError
 from megamem.memory.config import DiskConfig, StorageConfig
-from megamem.memory.table import InitSegment, OwnedTable, TableSpec
+from megamem.memory.spec import InitSegment, TableSpec
+from megamem.memory.table import OwnedTable
 from megamem.memory.tiers.base import RowStore, record_bytes
 from megamem.memory.tiers.disk import DiskStore, committed_label
 from megamem.memory.tiers.journal import UndoJournal

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from megamem.memory.config import BankConfig, EngramConfig, MemoryConfig
-from megamem.memory.table import InitSegment, TableSpec
+from megamem.memory.spec import InitSegment, TableSpec
 from megamem.models.config import ModelConfig, MoEConfig
 from megamem.models.gpt import build_model
 from megamem.models.micro import MicroContext
