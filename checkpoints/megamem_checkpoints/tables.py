@@ -174,12 +174,6 @@ def _copy(
         _records(out[key])[target] = _records(file.field(key, dtype, shape))[source]
 
 
-def read_rows(root: Path, record: TableRecord, rows: np.ndarray) -> Tensor:
-    """Logical rows ``[n]`` int64, distinct, as values: ``[n, width]`` fp32. Errors as in :func:`read`."""
-    stored = read(OpenFiles(root), record, placement_of(record).positions(rows), state=False)
-    return dequantize_rows(stored, torch.empty(len(rows), record.width))
-
-
 def restore(root: Path, record: TableRecord, table: OwnedTable, *, state: bool, label: str, threads: int = 1) -> None:
     """Fill what ``table`` owns, and its optimizer state if ``state``, whatever placement and format it was saved in.
 

@@ -17,7 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megamem.cli import main
 from megamem_data.prepared import PreparedData
 from megamem_launch.config import load_config
-from megamem_launch.evaluate import open_model
+from megamem_launch.exported import open_model
 from megamem_launch.harness_model import RoutedModel
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"

@@ -77,12 +77,13 @@ def main(argv: list[str]) -> int:
     import torch
 
     from megamem_launch import evaluate
+    from megamem_launch.exported import open_model
 
     if arguments.tasks:
         evaluate.require_harness()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _export(arguments) as (folder, run, step, data):
-        model, tokenizer = evaluate.open_model(folder, device=device, dtype=arguments.dtype, tables=arguments.tables)
+        model, tokenizer = open_model(folder, device=device, dtype=arguments.dtype, tables=arguments.tables)
         routed = arguments.memory == "routed" and evaluate.routes(model)
         results: dict[str, Any] = {
             "model": str(arguments.model),

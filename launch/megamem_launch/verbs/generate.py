@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from megamem.errors import ConfigError, ExportError
+from megamem.errors import ConfigError
 from megamem_launch.verbs.parse import parse
 
 _NO_ROUTER = (
@@ -69,21 +69,13 @@ def generate(arguments: Arguments) -> str:
     """The prompt and its continuation."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
-    from transformers.utils import logging
+    from transformers import set_seed
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    from megamem_launch.exported import open_model
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
-        config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=True)
-        tables = {"table_placement": arguments.tables} if config.model_type == "megamem" else {}
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True, **tables)
-        model = model.to(device).eval()
-    except (OSError, ValueError, SyntaxError) as error:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ExportError(f"{arguments.model} cannot be opened ({reason}); export the run again") from error
+    model, tokenizer = open_model(arguments.model, device=device, dtype="auto", tables=arguments.tables)
+    config = model.config
     # As documents in training: nothing in front, and text that looks like a special token is text.
     inputs = tokenizer(arguments.prompt, add_special_tokens=False, split_special_tokens=True, return_tensors="pt").to(
         device
