@@ -23,7 +23,11 @@ SUMMARIES = {
     "import": "turn an open Hugging Face model into a run to start from",
     "generate": "write text with an exported model",
     "eval": "measure perplexity and tasks of a run or an export",
-    "inspect": "look at a run: headline numbers and an HTML report",
+    "inspect": "look at a run: headline numbers in the terminal",
+    "report": "draw one run, or compare several, on one HTML page",
+    "profile": "measure where the time and the memory of a step go",
+    "plan": "tell what fits on a cluster, how fast it would be, and which layout is best",
+    "launch": "submit, supervise, watch and end runs, on SLURM or here",
     "checkpoint": "list, verify, compare and prune the checkpoints of a run",
 }
 

@@ -55,3 +55,7 @@ class ExchangeError(MegamemError):
 
 class TierError(MegamemError):
     """A table cannot be kept where it should be: no room, or its file is missing, truncated or not readable."""
+
+
+class LaunchError(MegamemError):
+    """A job cannot be submitted, found, or changed, or a run may not be written by this process."""

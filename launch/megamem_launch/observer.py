@@ -74,15 +74,15 @@ class RunObserver:
         if self._active:
             self._tracker.artifact(path)
 
-    def finish(self, status: Literal["FINISHED", "FAILED"], step: int) -> None:
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"], step: int) -> None:
         """End of the process."""
         if not self._active:
             return
         self._progress.close()
         try:
-            self._journal.event("stop" if status == "FINISHED" else "fail", step)
+            self._journal.event("fail" if status == "FAILED" else "stop", step)
             self._journal.close()
         except OSError:
-            if status == "FINISHED":
+            if status != "FAILED":
                 raise  # a run that failed already has something to say, and this would hide it
         self._tracker.finish(status)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from megamem.errors import ConfigError, MegamemError
 from megamem.parallel import groups as parallel_groups
+from megamem.train.control import Request
 from megamem.train.step import StepRunner
 from megamem.train.trainer import Observer, Progress, Trainer
 from megamem_checkpoints.files import writer_lock
@@ -28,6 +30,8 @@ from megamem_launch.compose import (
 )
 from megamem_launch.config import RunConfig, save_config
 from megamem_launch.observer import RunObserver
+from megamem_launch.requests import Requests
+from megamem_launch.rundir import dump_dir, finished_file, incarnation, live_dir, outcome_file, write_json
 from megamem_launch.saver import Saver
 from megamem_launch.summary import gate_sample, table_usage, write_summary
 from megamem_launch.validate import validate
@@ -44,6 +48,11 @@ def pretrain(config: RunConfig) -> Path:
     data = open_data(config)
     check_start(config, data)
     with contextlib.ExitStack() as stack:
+        if (own := incarnation()) is not None:
+            from megamem.observe.heartbeat import start_heartbeat
+
+            beats = start_heartbeat(live_dir(config.run_dir, own), dump_dir(config.run_dir, own), rank)
+            stack.enter_context(contextlib.closing(beats))
         if rank == 0:
             config.run_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(writer_lock(config.run_dir, doing="training"))
@@ -90,19 +99,46 @@ def _train(parts: Parts, rank: int) -> None:
     if new:
         text = f"not in {config.checkpoint.load}, so left at their initial values: {', '.join(new)}"
         observer.event("new_memories", progress.step, text)
-    trainer = make_trainer(parts, observer, lambda step: saver.save(step), progress, after_step=lambda: saver.report())
+    requests = Requests(config.run_dir)
+    trainer = make_trainer(
+        parts,
+        observer,
+        lambda step: saver.save(step),
+        progress,
+        after_step=lambda: saver.report(),
+        ask=requests.poll if rank == 0 else lambda: Request.NONE,
+    )
     saver = Saver(parts, observer, trainer)
     if guard_state is not None:
         trainer.guard.load_state_dict(guard_state)
     try:
         trainer.run()
         saver.wait()
-        _finish(parts, trainer, observer, rank)
+        if not trainer.stopped:
+            _finish(parts, trainer, observer, rank)
     except BaseException:
         saver.close()
         observer.finish("FAILED", trainer.progress.step)
         raise
-    observer.finish("FINISHED", trainer.progress.step)
+    if trainer.stopped:
+        text = f"stopped after step {trainer.progress.step} ({requests.why}); the same command goes on from there"
+        observer.event("stop_requested", trainer.progress.step, text)
+    observer.finish("KILLED" if trainer.stopped else "FINISHED", trainer.progress.step)
+    if rank == 0:
+        _report_end(config.run_dir, trainer, requests)
+
+
+def _report_end(run_dir: Path, trainer: Trainer, requests: Requests) -> None:
+    """Tell the supervisor, and the jobs that come after, how training ended."""
+    step = trainer.progress.step
+    if trainer.stopped:
+        requests.obeyed()
+    if (own := incarnation()) is None:
+        return
+    ended = {"outcome": "stopped" if trainer.stopped else "finished", "step": step, "why": requests.why}
+    if not trainer.stopped:
+        write_json(finished_file(run_dir), {"step": step, "time": time.time()})
+    write_json(outcome_file(run_dir, own), ended)
 
 
 def make_trainer(
@@ -112,6 +148,7 @@ def make_trainer(
     progress: Progress | None = None,
     *,
     after_step: Callable[[], None] = lambda: None,
+    ask: Callable[[], Request] = lambda: Request.NONE,
 ) -> Trainer:
     """The training loop over ``parts``; ``save(step)`` writes a checkpoint, or begins to."""
     config = parts.config
@@ -133,6 +170,7 @@ def make_trainer(
         observer=observer,
         save=save,
         after_step=after_step,
+        ask=ask,
         checkpoint_interval=config.checkpoint.interval,
         memory_config=config.memory,
         progress=progress or Progress(),

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from megamem.train.trainer import Trainer
 from megamem_launch.compose import Parts, checkpoint_meta
 from megamem_launch.observer import RunObserver
+from megamem_launch.rundir import check_lease
 
 
 class Saver:
@@ -21,8 +22,11 @@ class Saver:
 
         Raises:
             CheckpointError: this one was not written. That the one before it was not is an event.
+            LaunchError: another incarnation has taken the run over.
         """
         parts = self._parts
+        if self._rank == 0:
+            check_lease(parts.config.run_dir)
         try:
             parts.checkpointer.start(
                 step,

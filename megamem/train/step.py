@@ -11,11 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
 from megamem.batch import MicroBatch, StepBatch
 from megamem.memory.step import StepMemory
 from megamem.models.chunks import model_chunks
 from megamem.models.micro import MicroContext
+from megamem.observe.phases import ScheduleTimers, phases
 from megamem.parallel.groups import Groups
 
 
@@ -49,6 +51,8 @@ class StepRunner:
         self.seq_length = seq_length
         self.micro_batch_size = micro_batch_size
         self._schedule = get_forward_backward_func()
+        for chunk in self._chunks:
+            get_model_config(chunk).timers = ScheduleTimers(phases)
 
     def run(self, batch: StepBatch, memory: StepMemory | None, *, train: bool) -> StepLoss:
         """Forward over ``batch``, and backward when ``train``: gradients accumulate in parameters and working sets.

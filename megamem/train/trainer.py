@@ -20,9 +20,11 @@ from megamem.memory.slots import Ticket
 from megamem.memory.step import RowGradients
 from megamem.models.router import take_aux_loss, update_router_bias
 from megamem.observe.memory import memory_bytes
+from megamem.observe.phases import phases
 from megamem.parallel.groups import Groups
 from megamem.parallel.zero import ZeroEngine
 from megamem.train.config import OptimizerConfig, TrainConfig
+from megamem.train.control import Request, agree
 from megamem.train.guard import LossGuard
 from megamem.train.schedule import learning_rate, row_learning_rate
 from megamem.train.step import StepLoss, StepRunner
@@ -74,21 +76,23 @@ class Trainer:
     checkpoint_interval: int
     after_step: Callable[[], None] = lambda: None
     """Called after every step: what goes on in the background has its say here."""
+    ask: Callable[[], Request] = lambda: Request.NONE
+    """What somebody outside wants, asked after every step; one rank that knows is enough."""
     memory_config: MemoryConfig = field(default_factory=MemoryConfig)
     """Prefetch depth, and learning rate and clipping of rows."""
     progress: Progress = field(default_factory=Progress)
     guard: LossGuard = field(init=False)
     _ahead: deque[tuple[StepBatch, Ticket]] = field(default_factory=deque, init=False)
     """Steps whose rows are on their way, the next one first."""
-    _saving_seconds: float = field(default=0.0, init=False)
-    """Time spent in :attr:`save` since the last step was reported: ``checkpoint_seconds`` of the step after a save. No step comes
-    after the last save of a run, whose time, with the wait for the disk, is not in that metric."""
+    stopped: bool = field(default=False, init=False)
+    """Whether :meth:`run` ended because it was asked to, before the last step."""
 
     def __post_init__(self) -> None:
         self.guard = LossGuard(self.config)
 
     def run(self) -> None:
-        """Train from ``progress.step`` to ``config.steps``."""
+        """Train from ``progress.step`` to ``config.steps``, or until :attr:`ask` says to stop."""
+        phases.take()  # what came before is no step's
         if self.progress.step == 0 and self.validation is not None:
             self.evaluate("first")
         saved = self.progress.step
@@ -99,10 +103,15 @@ class Trainer:
             last = step == self.config.steps
             if self.validation is not None and self._due(step, self.config.eval_interval, last):
                 self.evaluate("last")
-            if self._due(step, self.checkpoint_interval, False) and not last:
+            with phases("control"):
+                request = agree(self.ask())
+            if not last and (self._due(step, self.checkpoint_interval, False) or request is not Request.NONE):
                 self._save(step)
                 saved = step
             self.after_step()
+            if request is Request.STOP and not last:
+                self.stopped = True
+                return
         if self.validation is not None and self.has_memory:
             self.evaluate("last_blocked", blocked=True)
         if saved != self.progress.step:
@@ -120,20 +129,23 @@ class Trainer:
         return last or bool(interval and step % interval == 0)
 
     def _save(self, step: int) -> None:
-        began = time.perf_counter()
-        self.save(step)
-        self._saving_seconds += time.perf_counter() - began
+        with phases("checkpoint"):
+            self.save(step)
 
     def _step(self, step: int) -> None:
         began = time.perf_counter()
+        phases.step = step + 1
         self._look_ahead(step)
         batch, ticket = self._ahead.popleft()
-        memory = self.memory.take(ticket)
+        with phases("fetch_wait"):
+            memory = self.memory.take(ticket)
         self.zero.zero_grad()
         measured = self.runner.run(batch, memory, train=True)
-        rows = self.memory.return_gradients(memory)
-        self.zero.reduce_gradients()
-        norm, table_norm = self._norms(rows)
+        with phases("exchange"):
+            rows = self.memory.return_gradients(memory)
+        with phases("dense_reduce"):
+            self.zero.reduce_gradients()
+            norm, table_norm = self._norms(rows)
         lr = learning_rate(self.optimizer, step, self.config.steps)
         reason = self.guard.refuses(measured.loss, norm if math.isfinite(table_norm) else table_norm)
         if reason is None:
@@ -151,8 +163,10 @@ class Trainer:
         """Submit steps up to ``memory.prefetch_depth`` beyond ``step``, of those that will be trained."""
         last = min(step + self.memory_config.prefetch_depth, self.config.steps - 1)
         for ahead in range(step + len(self._ahead), last + 1):
-            batch = self.loader.batch(ahead)
-            self._ahead.append((batch, self.memory.submit(batch)))
+            with phases("data"):
+                batch = self.loader.batch(ahead)
+            with phases("plan"):
+                self._ahead.append((batch, self.memory.submit(batch)))
 
     def _norms(self, rows: RowGradients) -> tuple[float, float]:
         """Gradient norm of what ``optimizer.clip_grad`` bounds, and that of the tables; every parameter and row counted once."""
@@ -167,15 +181,17 @@ class Trainer:
             rows.scale(coefficient)
         elif row_optimizer.clip == "own":
             rows.scale(_clip_coefficient(row_optimizer.clip_norm, table_norm))
-        self.memory.apply(
-            rows,
-            lr=row_learning_rate(row_optimizer, self.optimizer, step, self.config.steps),
-            # Like dense AdamW, rows count the steps that were applied: a skipped one must not age their moments.
-            step=step + 1 - self.progress.skipped_steps,
-        )
+        with phases("row_update"):
+            self.memory.apply(
+                rows,
+                lr=row_learning_rate(row_optimizer, self.optimizer, step, self.config.steps),
+                # Like dense AdamW, rows count the steps that were applied: a skipped one must not age their moments.
+                step=step + 1 - self.progress.skipped_steps,
+            )
         # Rows are updated and patched in the background meanwhile.
-        self.zero.step(lr=lr, clip_coefficient=coefficient)
-        update_router_bias(self.model)
+        with phases("dense_step"):
+            self.zero.step(lr=lr, clip_coefficient=coefficient)
+            update_router_bias(self.model)
 
     def _report(
         self,
@@ -197,17 +213,24 @@ class Trainer:
             "loss_tokens": measured.tokens,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
-            "checkpoint_seconds": self._saving_seconds,
             "memory_bytes": memory_bytes(),
             "skipped": int(skipped),
             "aux_loss": take_aux_loss(self.model, self.groups, micro_batches=len(batch.micro_batches)),
             **self.memory.stats,
+            # Evaluations and saves count for the step after them: these are all seconds since the last report.
+            **{f"seconds/{name}": value for name, value in phases.take().items()},
         }
-        self._saving_seconds = 0.0
         self.observer.step(step + 1, metrics)
 
     def evaluate(self, name: str, *, blocked: bool = False) -> float:
         """Mean validation loss over ``eval_batches`` global batches; with ``blocked`` every memory is switched off."""
+        with phases("evaluate"):
+            loss = self._validation_loss(blocked)
+        self.progress.evaluations[name] = loss
+        self.observer.evaluation(self.progress.step, loss, blocked=blocked)
+        return loss
+
+    def _validation_loss(self, blocked: bool) -> float:
         assert self.validation is not None
         total, tokens = 0.0, 0
         for index in range(self.config.eval_batches):
@@ -218,10 +241,7 @@ class Trainer:
                 self.memory.release(memory)
             total += measured.loss * measured.tokens
             tokens += measured.tokens
-        loss = total / max(tokens, 1)
-        self.progress.evaluations[name] = loss
-        self.observer.evaluation(self.progress.step, loss, blocked=blocked)
-        return loss
+        return total / max(tokens, 1)
 
 
 def batch_tokens(batch: StepBatch) -> int:

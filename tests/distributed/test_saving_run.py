@@ -40,7 +40,7 @@ class Recorder:
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self.losses.append(metrics["loss"])
-        self.seconds.append(metrics["checkpoint_seconds"])
+        self.seconds.append(metrics.get("seconds/checkpoint", 0.0))
 
     def evaluation(self, step: int, loss: float, *, blocked: bool) -> None: ...
 
