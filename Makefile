@@ -4,15 +4,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-TIER ?= unit distributed integration gpu
+TIER ?= unit distributed integration gpu slurm
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge
 
-.PHONY: help install quickstart test test-fast test-slow lint format bench clean
+.PHONY: help install quickstart test test-fast test-slow test-slurm lint format bench clean
 
 help:
 	@echo "make quickstart   install, prepare real text, train, kill, resume, export, generate (about 10 minutes on 2 cores)"
 	@echo "make test         lint, types and all tests"
 	@echo "make test-fast    unit tests only"
 	@echo "make test-slow    what make test leaves out: every layout, the whole reshard grid, fifty kills during saves"
+	@echo "make test-slurm   tests on a real SLURM of virtual nodes; installs Debian's packages of it where they are missing"
 	@echo "make lint         ruff and mypy"
 	@echo "make format       let ruff rewrite the sources"
 	@echo "make bench        benchmarks of the memory operations against their peers"
@@ -47,6 +49,13 @@ test-fast: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow tests
+
+# `make test` runs this tier too and skips it where SLURM is not installed. Debian's packages start no service that the tests use.
+test-slurm: $(STAMP)
+	@command -v slurmctld slurmd sbatch munged > /dev/null || test -x /usr/sbin/slurmctld || { \
+	    root=$$(test "$$(id -u)" = 0 || echo sudo); \
+	    $$root apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$root apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES); }
+	$(BIN)/python -m pytest -m "not slow" tests/slurm
 
 bench: $(STAMP)
 	$(BIN)/python kernels/benchmarks/run.py $(ARGS)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megamem.errors import ConfigError, MegamemError
+from megamem.observe.heartbeat import start_heartbeat
 from megamem.parallel import groups as parallel_groups
 from megamem.train.control import Request
 from megamem.train.step import StepRunner
@@ -49,8 +50,6 @@ def pretrain(config: RunConfig) -> Path:
     check_start(config, data)
     with contextlib.ExitStack() as stack:
         if (own := incarnation()) is not None:
-            from megamem.observe.heartbeat import start_heartbeat
-
             beats = start_heartbeat(live_dir(config.run_dir, own), dump_dir(config.run_dir, own), rank)
             stack.enter_context(contextlib.closing(beats))
         if rank == 0:

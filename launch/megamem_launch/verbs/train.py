@@ -25,7 +25,8 @@ class Arguments:
 
     A run lives in RUNS_DIR/NAME. When that directory already holds a checkpoint the run continues from it, bit for bit;
     the configuration must then describe the same model and data. With parallel.nproc above 1 the ranks are started with
-    torchrun on this machine; under torchrun or SLURM start `torchrun -m megamem_launch.pretrain CONFIG` instead.
+    torchrun on this machine; `megamem launch` supervises them, here or on SLURM, and under a torchrun of your own start
+    `torchrun -m megamem_launch.pretrain CONFIG`. A file RUNS_DIR/NAME/SAVE that you touch saves at once, STOP saves and ends.
 
     Examples:
       megamem train configs/quickstart.yaml
@@ -53,6 +54,7 @@ def main(argv: list[str]) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if "WORLD_SIZE" not in os.environ and config.parallel.nproc > 1:
         return _torchrun(config, [arguments.config, *arguments.overrides])
+    validate(config, int(os.environ.get("WORLD_SIZE", "1")))  # before seconds of imports
     from megamem_launch.run import pretrain
 
     pretrain(config)
