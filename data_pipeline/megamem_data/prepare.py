@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, InitVar, asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from megamem_data.order import derive_key, held_out
 from megamem_data.prepared import CLUSTERS, PATHS, Manifest, PreparedData, describe_file
 from megamem_data.progress import Reporter
 from megamem_data.shards import Shard, ShardInfo, ShardWriter, token_dtype
-from megamem_data.sources import SourceCounts, read_documents
+from megamem_data.sources import Portion, SourceCounts, read_documents
 from megamem_data.tokenizer import Tokenizer, open_tokenizer
 from megamem_data.tokenizer_training import train_tokenizer
 
@@ -39,20 +41,15 @@ def prepare(
     holds something else, or for bad input; ``strict`` also refuses invalid UTF-8 and binary files, which are
     otherwise replaced or left out, and counted.
     """
-    if not config.path:
-        raise ConfigError("data.path is empty; set the directory that prepared data goes to")
-    if not config.sources:
-        raise ConfigError("data.sources is empty; name at least one corpus")
-    report = Reporter(progress)
-    path = Path(config.path)
-    request = describe_request(config, branching=branching, levels=levels, seed=seed, strict=strict)
-    if (existing := finished(path, request)) is not None:
-        report.line(f"data: {path} is already prepared; nothing to do")
-        return existing
+    return Job(config, branching=branching, levels=levels, seed=seed, strict=strict, progress=progress).run()
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A directory that becomes ``path`` if the body succeeds and is gone if not; errors of the machine become DataError."""
     try:
         with workspace(path) as folder:
-            job = _Job(folder, config, branching if levels else 0, levels, seed, strict, report)
-            manifest = job.run(request)
+            yield folder
             commit(folder, path)
     except OSError as error:
         raise DataError(
@@ -62,26 +59,75 @@ def prepare(
         raise DataError(
             "a process that encodes text was killed, most likely for lack of memory; set data.workers to fewer processes"
         ) from None
-    report.line(_summary(path, manifest))
-    return PreparedData.open(path)
 
 
 @dataclass
-class _Job:
-    folder: Path
+class Job:
+    """One request: from its sources to a finished directory, at once or in portions (:mod:`megamem_data.parts`)."""
+
     config: DataConfig
+    _: KW_ONLY
     branching: int
     levels: int
     seed: int
-    strict: bool
-    report: Reporter
+    strict: bool = False
+    progress: InitVar[bool] = True
 
-    def run(self, request: dict[str, Any]) -> Manifest:
-        tokenizer = self.make_tokenizer()
-        infos, counts = self.write_shards(tokenizer)
-        leaf_balance = self.cluster(tokenizer, infos) if self.levels else 0.0
+    def __post_init__(self, progress: bool) -> None:
+        self.report = Reporter(progress)
+        if not self.levels:
+            self.branching = 0
+        if not self.config.path:
+            raise ConfigError("data.path is empty; set the directory that prepared data goes to")
+        if not self.config.sources:
+            raise ConfigError("data.sources is empty; name at least one corpus")
+
+    @property
+    def path(self) -> Path:
+        """Where the result goes."""
+        return Path(self.config.path)
+
+    @cached_property
+    def request(self) -> dict[str, Any]:
+        """Everything that decides the result."""
+        return describe_request(
+            self.config, branching=self.branching, levels=self.levels, seed=self.seed, strict=self.strict
+        )
+
+    def run(self) -> PreparedData:
+        """All of it on this machine; see :func:`prepare`."""
+        if (existing := self.existing()) is not None:
+            return existing
+        with written(self.path) as folder:
+            tokenizer = self.make_tokenizer(folder)
+            infos, counts = self.encode(folder, tokenizer)
+            manifest = self.finish(folder, tokenizer, infos, counts)
+        return self.opened(manifest)
+
+    def opened(self, manifest: Manifest) -> PreparedData:
+        """The result, once it has its name; tells the user what it is."""
+        self.report.line(_summary(self.path, manifest))
+        return PreparedData.open(self.path)
+
+    def existing(self) -> PreparedData | None:
+        """The finished directory of this request, if it is there; DataError where the path holds something else."""
+        data = finished(self.path, self.request)
+        if data is not None:
+            self.report.line(f"data: {self.path} is already prepared; nothing to do")
+        return data
+
+    def finish(self, folder: Path, tokenizer: Tokenizer, infos: list[ShardInfo], counts: SourceCounts) -> Manifest:
+        """Cluster the documents of the shards ``infos`` in ``folder``, and write the manifest."""
+        if not infos:
+            raise DataError("data.sources hold no text; point them at documents that are not empty")
+        if held_out(counts.documents, self.config.validation_fraction, self.seed).all():
+            raise DataError(
+                f"all {counts.documents} documents fall into the validation split; lower data.validation_fraction or "
+                "add documents"
+            )
+        leaf_balance = self.cluster(folder, tokenizer, infos) if self.levels else 0.0
         manifest = Manifest(
-            request=request,
+            request=self.request,
             vocab_size=tokenizer.vocab_size,
             eos_id=tokenizer.eos_id,
             seed=self.seed,
@@ -93,54 +139,52 @@ class _Job:
             documents=sum(info.documents for info in infos),
             tokens=sum(info.tokens for info in infos),
             shards=[asdict(info) for info in infos],
-            files={file.name: describe_file(file) for file in sorted(self.folder.iterdir())},
+            files={file.name: describe_file(file) for file in sorted(folder.iterdir())},
         )
-        return manifest.write(self.folder)
+        return manifest.write(folder)
 
-    def make_tokenizer(self) -> Tokenizer:
+    def make_tokenizer(self, folder: Path) -> Tokenizer:
+        """The existing tokenizer, or one trained on all sources; its files are in ``folder``, which exists."""
         tokenizer: Tokenizer
         if self.config.tokenizer.model:
             tokenizer = open_tokenizer(self.config.tokenizer.model)
         else:
             with self.report.stage("data: reading text for the tokenizer", None, "documents") as advance:
-                tokenizer = train_tokenizer(
-                    self.documents(SourceCounts(), advance), self.config.tokenizer, seed=self.seed
-                )
+                texts = self.documents(SourceCounts(), advance)
+                tokenizer = train_tokenizer(texts, self.config.tokenizer, seed=self.seed)
         for name, content in tokenizer.files.items():
-            (self.folder / name).write_bytes(content)
+            (folder / name).write_bytes(content)
         return tokenizer
 
-    def write_shards(self, tokenizer: Tokenizer) -> tuple[list[ShardInfo], SourceCounts]:
+    def encode(
+        self, folder: Path, tokenizer: Tokenizer, chosen: Sequence[Portion] | None = None
+    ) -> tuple[list[ShardInfo], SourceCounts]:
+        """Encode the documents of all sources, or of ``chosen`` portions of them, into shards in ``folder``."""
         counts = SourceCounts()
         dtype = token_dtype(tokenizer.vocab_size)
-        writer = ShardWriter(self.folder, dtype=dtype, shard_tokens=self.config.shard_tokens)
+        writer = ShardWriter(folder, dtype=dtype, shard_tokens=self.config.shard_tokens)
         with self.report.stage("data: encoding", None, "documents") as advance:
-            texts = self.documents(counts, advance)
+            texts = self.documents(counts, advance, chosen)
             for tokens, lengths in encode_documents(texts, tokenizer, dtype=dtype, workers=self.config.workers):
                 writer.add(tokens, lengths)
-        infos = writer.close()
-        if not infos:
-            raise DataError("data.sources hold no text; point them at documents that are not empty")
-        if held_out(counts.documents, self.config.validation_fraction, self.seed).all():
-            raise DataError(
-                f"all {counts.documents} documents fall into the validation split; lower data.validation_fraction or "
-                "add documents"
-            )
-        return infos, counts
+        return writer.close(), counts
 
-    def documents(self, counts: SourceCounts, advance: Callable[[int], None]) -> Iterator[str]:
-        for text in read_documents(self.config.sources, strict=self.strict, counts=counts):
+    def documents(
+        self, counts: SourceCounts, advance: Callable[[int], None], chosen: Sequence[Portion] | None = None
+    ) -> Iterator[str]:
+        """Texts of all sources or of ``chosen`` portions, counted as they are read."""
+        for text in read_documents(self.config.sources, strict=self.strict, counts=counts, chosen=chosen):
             yield text
             advance(1)
 
-    def cluster(self, tokenizer: Tokenizer, infos: list[ShardInfo]) -> float:
+    def cluster(self, folder: Path, tokenizer: Tokenizer, infos: list[ShardInfo]) -> float:
         """Write tree and paths; returns the documents of the largest leaf over the mean."""
-        shards = [Shard(self.folder, info, token_dtype(tokenizer.vocab_size)) for info in infos]
+        shards = [Shard(folder, info, token_dtype(tokenizer.vocab_size)) for info in infos]
         documents = sum(info.documents for info in infos)
         train = ~held_out(documents, self.config.validation_fraction, self.seed)
         with self.report.stage("data: embedding", documents, "documents") as advance:
             embedder = self.make_embedder(tokenizer, shards, train)
-            scratch = self.folder / "embeddings.npy"
+            scratch = folder / "embeddings.npy"
             embeddings: np.ndarray | None = None
             start = 0
             for tokens, lengths in _blocks(shards):
@@ -160,11 +204,12 @@ class _Job:
             paths = tree.descend(embeddings)
             advance(documents)
         scratch.unlink()
-        tree.save(self.folder / CLUSTERS, tokenizer)
-        np.save(self.folder / PATHS, paths, allow_pickle=False)
+        tree.save(folder / CLUSTERS, tokenizer)
+        np.save(folder / PATHS, paths, allow_pickle=False)
         return float(np.bincount(paths[:, -1]).max() * self.branching**self.levels / documents)
 
     def make_embedder(self, tokenizer: Tokenizer, shards: list[Shard], train: np.ndarray) -> Embedder:
+        """The sentence encoder, or TF-IDF fitted on a sample of the documents ``train [documents]`` bool."""
         if self.config.encoder:
             return SentenceEmbedder(self.config.encoder, tokenizer)
         lengths = np.concatenate([shard.lengths for shard in shards])

@@ -9,7 +9,8 @@ import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -31,19 +32,53 @@ class SourceCounts:
     """Files that hold NUL bytes, taken for binary; left out."""
 
 
-def read_documents(sources: Sequence[SourceConfig], *, strict: bool, counts: SourceCounts) -> Iterator[str]:
-    """The texts of all sources, one per document; ``counts`` is updated on the way.
+Portion = tuple[int, Sequence[Path] | None]
+"""Number of a source, and those of its files that are meant; None for the whole source."""
+
+
+def read_documents(
+    sources: Sequence[SourceConfig], *, strict: bool, counts: SourceCounts, chosen: Sequence[Portion] | None = None
+) -> Iterator[str]:
+    """The texts of all sources, one per document; ``counts`` is updated on the way. With ``chosen`` only of these portions.
 
     Raises DataError for a source that is missing, unreadable or malformed; with ``strict`` also for invalid UTF-8 and
     binary files, naming the file.
     """
-    for number, source in enumerate(sources):
-        where = f"data.sources[{number}]"
-        documents = (
-            _datasets_texts(source, where) if source.kind == "datasets" else _file_texts(source, where, strict, counts)
-        )
+    for number, files in [(number, None) for number in range(len(sources))] if chosen is None else chosen:
+        source, where = sources[number], f"data.sources[{number}]"
+        if source.kind == "datasets":
+            documents = _datasets_texts(source, where)
+        else:
+            documents = _file_texts(
+                source, list_files(source, where) if files is None else files, where, strict, counts
+            )
         texts = (text for text in documents if _has_text(text, counts))
         yield from islice(texts, source.max_documents or None)
+
+
+def portions(sources: Sequence[SourceConfig], number: int, count: int) -> list[Portion]:
+    """Portion ``number`` of ``count`` of all sources. One after another they are all documents in their order.
+
+    They are cut between files, into shares of about equally many bytes. A source with ``max_documents`` and one of kind
+    ``datasets`` cannot be cut, and is in one portion whole.
+    """
+    pieces: list[tuple[int, Path | None]] = []
+    sizes: list[int] = []
+    for index, source in enumerate(sources):
+        whole = source.kind == "datasets" or source.max_documents > 0
+        files = [] if source.kind == "datasets" else list_files(source, f"data.sources[{index}]")
+        pieces += [(index, None)] if whole else [(index, file) for file in files]
+        sizes += [sum(file.stat().st_size for file in files)] if whole else [file.stat().st_size for file in files]
+    total, before = max(1, sum(sizes)), 0
+    mine: list[tuple[int, Path | None]] = []
+    for piece, size in zip(pieces, sizes, strict=True):
+        if min(count - 1, (before + size // 2) * count // total) == number:
+            mine.append(piece)
+        before += size
+    return [
+        (index, [file for _, file in group if file is not None] or None)
+        for index, group in groupby(mine, key=itemgetter(0))
+    ]
 
 
 def list_files(source: SourceConfig, where: str = "data.sources") -> list[Path]:
@@ -87,8 +122,10 @@ def _has_text(text: str, counts: SourceCounts) -> bool:
     return False
 
 
-def _file_texts(source: SourceConfig, where: str, strict: bool, counts: SourceCounts) -> Iterator[str]:
-    for path in list_files(source, where):
+def _file_texts(
+    source: SourceConfig, files: Sequence[Path], where: str, strict: bool, counts: SourceCounts
+) -> Iterator[str]:
+    for path in files:
         try:
             if source.kind == "jsonl":
                 with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as lines:

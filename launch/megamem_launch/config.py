@@ -58,7 +58,7 @@ def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Run
     """
     data: dict[str, Any] = {}
     if source is not None:
-        data = _read(Path(source))
+        data = read_yaml(Path(source))
     delta: dict[str, Any] = {}
     for text in overrides:
         delta = merge(delta, parse_override(text))
@@ -76,7 +76,8 @@ def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Run
         raise
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file, or of the saved configuration of a run directory; ConfigError names file and line."""
     if path.is_dir():
         path = path / "config.yaml"
     try:

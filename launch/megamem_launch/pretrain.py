@@ -11,12 +11,12 @@ from megamem import cli
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
-def main() -> int:
-    """Train as the rank that the environment names."""
+def main(verb: str = "train") -> int:
+    """Train, or what else ``verb`` does, as the rank that the environment names."""
     if sys.platform == "linux":
         # A launcher that is killed cannot stop its ranks, which would train on and keep the run's lock.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    return cli.main(["train", *sys.argv[1:]])
+    return cli.main([verb, *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megamem.errors import ConfigError, MegamemError
 from megamem.observe.heartbeat import start_heartbeat
+from megamem.observe.phases import phases
 from megamem.parallel import groups as parallel_groups
 from megamem.train.control import Request
 from megamem.train.step import StepRunner
@@ -112,7 +113,8 @@ def _train(parts: Parts, rank: int) -> None:
         trainer.guard.load_state_dict(guard_state)
     try:
         trainer.run()
-        saver.wait()
+        with phases("checkpoint"):
+            saver.wait()
         if not trainer.stopped:
             _finish(parts, trainer, observer, rank)
     except BaseException:

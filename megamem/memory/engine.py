@@ -76,7 +76,7 @@ class MemoryEngine:
         self._device = torch.device(device)
         self._slice_index, self._slices = slice_index, slices
         self._staleness = memory.staleness
-        links = links or MemoryLinks()
+        self.links = links = links or MemoryLinks()
         self._group = group = links.group
         self._streams = tuple(streams)
         self._optimizer = build_row_optimizer(memory.optimizer)
@@ -257,6 +257,12 @@ class MemoryEngine:
     def table_usage(self) -> dict[str, float]:
         """Per table, the fraction of the rows owned by this rank that were ever updated."""
         return {name: table.usage for name, table in self.tables.items()}
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the persistent buffers of working sets, their gradients and indices, on any device."""
+        kept = {id(buffers): buffers for slot in self._slots for buffers in slot.buffers}
+        return sum(buffers.nbytes for buffers in kept.values())
 
     def close(self) -> None:
         """Forget submitted steps and release tables and their files. Idempotent."""

@@ -29,6 +29,13 @@ class MemoryLinks:
     nodes: NodeLayout | None = None
     """Groups within and between nodes, where rows are exchanged in two hops."""
 
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """All process groups that carry ids or rows."""
+        hops = [self.nodes.within, self.nodes.between] if self.nodes is not None else []
+        each = [self.group, self.row_group, *(group for hop in hops for group in (hop.group, hop.row_group))]
+        return [group for group in each if group is not None]
+
 
 def create_links(layout: Layout, memory: MemoryConfig, device: torch.device) -> MemoryLinks:
     """The links of this rank's memory group. Collective over the world, whose default group must exist.

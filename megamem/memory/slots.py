@@ -73,6 +73,11 @@ class Slot:
         self.claimed = False
         """Whether a step that was submitted has not given the slot back."""
 
+    @property
+    def buffers(self) -> tuple[Buffers, ...]:
+        """All that it holds; gradients may be other slots' too."""
+        return self.rows, self.gradients, self.index, self.staging
+
     def move(self, to: State) -> None:
         """Change the state; RuntimeError where the machine has no such transition."""
         if to not in TRANSITIONS[self.state]:

@@ -107,15 +107,18 @@ def working_set_bytes(table: TableShape, work: Work, memory: MemoryConfig, layou
 
     An upper bound for Engram, as if no n-gram came twice; a bank block is read by documents, taken as two per sequence.
     """
-    sequences = work.micro_batch_size * work.micro_batches
-    if table.name in {engram_table_name(layer) for layer in memory.engram.layers}:
-        tokens = sequences * work.seq_length // layout.slices
-        reads = tokens * len(memory.engram.orders) * memory.engram.heads
-    else:
-        reads = sequences * _DOCUMENTS_PER_SEQUENCE
     slots = memory.prefetch_depth + 1
     copies = slots + (1 if memory.staleness == 0 else slots)
-    return copies * min(reads, table.rows) * table.width * _FP32
+    return copies * min(reads_of(table.name, work, memory, layout), table.rows) * table.width * _FP32
+
+
+def reads_of(table: str, work: Work, memory: MemoryConfig, layout: Layout) -> int:
+    """Rows of a table that one rank reads in a step, as if none came twice; of a bank one for each document."""
+    sequences = work.micro_batch_size * work.micro_batches
+    if table in {engram_table_name(layer) for layer in memory.engram.layers}:
+        tokens = sequences * work.seq_length // layout.slices
+        return tokens * len(memory.engram.orders) * memory.engram.heads
+    return sequences * _DOCUMENTS_PER_SEQUENCE
 
 
 def activation_bytes(work: Work, model: ModelConfig, memory: MemoryConfig, layout: Layout, stage: int) -> int:

@@ -9,8 +9,8 @@ in native code that keeps the lock, does not write at all.
 
 Fields of a record: ``rank host pid start_tick incarnation`` say who writes; ``time`` is the writer's clock [s since 1970]; ``step``
 is under way, 0 before training; ``phase`` and ``sequence`` are of :mod:`megamem.observe.phases`, the phase ``ended`` after a clean
-end; ``idle_seconds`` have passed since ``sequence`` changed; ``seconds`` per phase were spent in the steps after ``first_step``, the
-first that was seen under way (so that compilation and warm-up do not count).
+end; ``idle_seconds`` have passed since ``sequence`` changed; ``seconds`` by phase were spent in the steps after ``first_step``, the
+first that was seen under way, so that neither compilation nor warm-up counts.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Heartbeat:
         self._path, self._marks, self._dump, self._seconds = path, marks, dump, seconds
         self._who = {
             "rank": rank,
-            "host": socket.gethostname(),
+            "host": node_name(),
             "pid": os.getpid(),
             "start_tick": start_tick(os.getpid()),
             "incarnation": os.environ.get("MEGAMEM_INCARNATION", ""),
@@ -151,6 +151,11 @@ def start_heartbeat(live: Path, dumps: Path, rank: int, *, seconds: float = SECO
     live.mkdir(parents=True, exist_ok=True)
     dump = register_dump(dumps / f"rank-{rank:05d}.txt")
     return Heartbeat(live / f"rank-{rank:05d}.json", rank, phases, dump=dump, seconds=seconds)
+
+
+def node_name() -> str:
+    """What SLURM calls this node; the name of the host elsewhere."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def start_tick(pid: int) -> int:

@@ -61,11 +61,14 @@ class Journal:
 
     def event(self, name: str, step: int, /, **details: Any) -> Entry:
         """Append an entry of kind ``event``. The names that readers know: start, skip, checkpoint, checkpoint_failed,
-        new_memories, offload, stop, fail."""
+        new_memories, offload, stop_requested, save_requested, stop, fail."""
         return self.write("event", step, event=name, **details)
 
     def start(self, first_step: int, /, **details: Any) -> Entry:
-        """Begin an incarnation that will take ``first_step`` next: earlier measurements from there on are overtaken."""
+        """Begin an incarnation that will take ``first_step`` next: earlier measurements from there on are overtaken.
+
+        ``details`` of a training run: ``steps_done``, ``layout`` (``world_size`` and the degrees above 1), ``incarnation``.
+        """
         return self.event("start", first_step, **details)
 
     def close(self) -> None:

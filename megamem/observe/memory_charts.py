@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from megamem.observe.charts import Chart, Series, chart, column, lines
+from megamem.observe.charts import Chart, Mark, Series, chart, column, lines
 from megamem.observe.journal import Entry
 from megamem.observe.progress import format_count
 
 
-def traffic_charts(steps: list[Entry], marks: Sequence[int]) -> list[Chart]:
-    """Charts of the memory's numbers in journal entries of kind ``step``; ``marks`` are the steps of resumes."""
+def traffic_charts(steps: list[Entry], marks: Sequence[Mark]) -> list[Chart]:
+    """Charts of the memory's numbers in journal entries of kind ``step``."""
     seconds = column(steps, "step_seconds")
     waiting = Series(
         "waiting", column(steps, "step"), 100 * column(steps, "stall_seconds") / np.where(seconds > 0, seconds, np.nan)

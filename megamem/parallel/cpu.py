@@ -1,4 +1,5 @@
-"""megatron-core and DeepSpeed without CUDA: the only module of megamem that replaces names in other libraries.
+"""megatron-core and DeepSpeed without CUDA: the only module of megamem that replaces names in other libraries, but for
+:mod:`megamem.observe.wire` while it counts.
 
 megatron-core 0.16.1 names CUDA devices, streams and random states in code that otherwise runs anywhere torch runs. On a
 machine with a CUDA device :func:`enable` does nothing. On one without, each replaced name would raise when called (or,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megamem.errors import ConfigError
+from megamem.observe.wire import DENSE
 from megamem.parallel import cpu
 from megamem.parallel.layout import Coordinates, Layout
 
@@ -121,6 +123,23 @@ def initialize(layout: Layout, *, seed: int) -> Groups:
         expert_dp=parallel_state.get_expert_data_parallel_group(),
         embedding=parallel_state.get_embedding_group(check_initialized=False),
     )
+
+
+def wires(groups: Groups, memory: Iterable[dist.ProcessGroup] = ()) -> dict[str, str]:
+    """What the bytes of every process group are for, by the name of the group: see :mod:`megamem.observe.wire`.
+
+    ``memory``: groups that carry rows. Groups for numbers that all ranks agree on are left out.
+    """
+    sequence = parallel_state.get_tensor_and_context_parallel_group()
+    members: dict[str, Iterable[dist.ProcessGroup | None]] = {
+        DENSE: (groups.dp, groups.dp_cp, groups.expert_dp, groups.embedding),
+        "pp": (groups.pp,),
+        "ep": (groups.ep, groups.etp, parallel_state.get_expert_tensor_and_model_parallel_group()),
+        "cp": (groups.cp, sequence),
+        "tp": (groups.tp, *([sequence] if groups.layout.cp == 1 else [])),
+        "row_exchange": memory,
+    }
+    return {group.group_name: wire for wire, each in members.items() for group in each if group is not None}
 
 
 def destroy() -> None:

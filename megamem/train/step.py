@@ -59,7 +59,8 @@ class StepRunner:
 
         ``memory`` None blocks every memory: modules that look rows up pass the residual through.
         """
-        tokens = int(self._world_sum(batch.loss_tokens if self._counts else 0.0))
+        with phases("control"):
+            tokens = int(self._world_sum(batch.loss_tokens if self._counts else 0.0))
         count = len(batch.micro_batches)
         # The schedule divides by the number of micro-batches and multiplies by the context-parallel size; the engines divide
         # by the data- times the context-parallel size.
@@ -79,7 +80,9 @@ class StepRunner:
             )
         # Summed on the device, read once: no synchronisation per micro-batch.
         local = float(torch.stack(losses).sum()) if losses and self.groups.coordinates.tp == 0 else 0.0
-        return StepLoss(loss=self._world_sum(local) / max(tokens, 1), tokens=tokens)
+        # Stages end one after the other: those that are done wait here for the first.
+        with phases("pipeline_wait" if self.groups.layout.pp > 1 else "control"):
+            return StepLoss(loss=self._world_sum(local) / max(tokens, 1), tokens=tokens)
 
     @property
     def _counts(self) -> bool:

@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
     arguments = parse(Arguments, argv, "inspect")
     run_dir = find_run(arguments.run, Path(arguments.runs_dir))
     from megamem.observe.journal import read_journal
-    from megamem.observe.report import build_report, headlines, read_summary
+    from megamem.observe.report import build_report
+    from megamem.observe.report_numbers import headlines, read_summary
 
     report = build_report(run_dir)
     console = Console()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
+import typing
 from typing import TypeVar
 
 import tyro
@@ -21,3 +23,20 @@ def parse(arguments: type[T], argv: list[str], verb: str) -> T:
     return tyro.cli(
         arguments, args=argv, prog=f"megamem {verb}", description="", config=(tyro.conf.FlagCreatePairsOff,)
     )
+
+
+def flags_last(arguments: type[object], argv: list[str]) -> list[str]:
+    """``argv`` with what stands for itself before all flags and their values, so that settings may stand on either side."""
+    hints = typing.get_type_hints(arguments)
+    switches = {f.name.replace("_", "-") for f in dataclasses.fields(arguments) if hints[f.name] is bool}  # type: ignore[arg-type]
+    positional, flags = [], []
+    rest = iter(argv)
+    for argument in rest:
+        if not argument.startswith("-"):
+            positional.append(argument)
+            continue
+        flags.append(argument)
+        takes_value = "=" not in argument and argument not in ("-h", "--help") and argument.lstrip("-") not in switches
+        if takes_value and (value := next(rest, None)) is not None:
+            flags.append(value)
+    return positional + flags

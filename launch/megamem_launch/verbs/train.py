@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import textwrap
@@ -15,6 +14,7 @@ import tyro
 from megamem.config.describe import settings as describe_settings
 from megamem.errors import ConfigError
 from megamem_launch.config import RunConfig, load_config
+from megamem_launch.torchrun import run_ranks
 from megamem_launch.validate import validate
 from megamem_launch.verbs.parse import parse
 
@@ -71,42 +71,13 @@ def print_settings() -> None:
 def _torchrun(config: RunConfig, arguments: list[str]) -> int:
     """Start the ranks on this machine with torchrun's library; the exit code is that of the first rank that failed."""
     validate(config, config.parallel.nproc)
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     from megamem_launch.compose import check_start, open_data
 
     data = open_data(config, verify=False)  # the ranks do, each its share
     check_start(config, data)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.parallel.nproc)))
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=config.parallel.nproc,
-        run_id=f"megamem-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say themselves what is wrong
-    try:
-        elastic_launch(launch, sys.executable)("-u", "-m", "megamem_launch.pretrain", *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode == 2:
-            return 2
-        how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        print(
-            f"megamem train: rank {rank} ended with {how}, so all ranks were stopped; the same command goes on from the "
-            "last checkpoint",
-            file=sys.stderr,
-        )
-        return 1
-    except SignalException as error:
-        print(
-            f"megamem train: interrupted by signal {error.sigval}; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-        )
-        return 128 + error.sigval
-    return 0
+    failure = run_ranks(config.parallel.nproc, "megamem_launch.pretrain", arguments)
+    if failure is None:
+        return 0
+    if failure.text:
+        print(f"megamem train: {failure.text}; the same command goes on from the last checkpoint", file=sys.stderr)
+    return failure.code

@@ -75,7 +75,7 @@ class DiskStore:
         """
         self.fields, self.records = fields, records
         size = record_bytes(fields)
-        self.capacity = min(max(1, cache_bytes // (size + _SLOT_BYTES)), max(1, records))
+        self.capacity = _capacity(size, records, cache_bytes)
         self.arrays = {field.name: field.allocate(self.capacity) for field in fields}
         self._views = _byte_views(fields, self.arrays)
         self._slot_of = np.full(records, -1, dtype=np.int32)
@@ -256,6 +256,18 @@ class DiskStore:
             content = np.concatenate([view[slots[part]] for view in views], axis=1)
             self._journal.append(self._epoch, records[part], content)
             self._saved[records[part]] = 1
+
+
+def planned_bytes(fields: tuple[Field, ...], records: int, *, cache_bytes: int) -> dict[str, int]:
+    """What :meth:`DiskStore.resident_bytes` will say of a new store."""
+    size = record_bytes(fields)
+    slots = _capacity(size, records, cache_bytes)
+    return {"host": slots * (size + _SLOT_BYTES) + records * DISK_INDEX_BYTES, "disk": records * size}
+
+
+def _capacity(record: int, records: int, cache_bytes: int) -> int:
+    """Slots of a cache."""
+    return min(max(1, cache_bytes // (record + _SLOT_BYTES)), max(1, records))
 
 
 def remove_other_layouts(root: Path, table: str, owners: int, kept: set[str]) -> None:

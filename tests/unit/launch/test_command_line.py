@@ -10,7 +10,20 @@ import pytest
 from megamem.cli import main, usage, verbs
 
 ROOT = Path(__file__).parents[3]
-VERBS = {"data", "train", "export", "import", "generate", "eval", "inspect", "checkpoint", "report", "profile", "plan", "launch"}
+VERBS = {
+    "data",
+    "train",
+    "export",
+    "import",
+    "generate",
+    "eval",
+    "inspect",
+    "checkpoint",
+    "report",
+    "profile",
+    "plan",
+    "launch",
+}
 
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,11 +11,15 @@ import pytest
 from megamem.errors import DataError, MegamemError
 from megamem.memory.access import AccessTrace
 from megamem.memory.stats import StepStats
-from megamem.observe.charts import Series, line_chart, smooth, thin
+from megamem.observe.charts import Series, area_chart, line_chart, smooth, thin
 from megamem.observe.journal import Journal, read_journal
-from megamem.observe.report import build_report, headlines, read_summary, summarize
+from megamem.observe.report import build_comparison, build_report
+from megamem.observe.report_events import events_of, marks_of
+from megamem.observe.report_figures import phase_series
+from megamem.observe.report_numbers import headlines, read_summary, summarize
 from megamem_launch.verbs.inspect import find_run
 from megamem_launch.verbs.inspect import main as inspect
+from megamem_launch.verbs.report import main as report
 
 _VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -101,7 +105,7 @@ def test_the_report_is_one_well_formed_file_without_network(run_dir):
     path = build_report(run_dir)
     html = path.read_text()
     page = _Page(html)
-    assert path == run_dir / "report.html" and "http" not in html and "@import" not in html and "url(" not in html
+    assert path == run_dir / "report.html" and "://" not in html and "@import" not in html and "url(" not in html
     assert "<script>" not in html and "<i> run" not in html
     assert "name: <script>alert(1)</script>" in page.section("Resolved configuration")
     assert set(re.findall(r"var\((--[\w-]+)\)", html)) <= set(re.findall(r"(--[\w-]+):", html))
@@ -157,9 +161,11 @@ def test_gates_usage_and_events_are_told(run_dir):
 
 def test_overtaken_steps_are_in_no_chart(run_dir):
     html = build_report(run_dir).read_text()
-    assert "777" not in html
+    assert "777" not in re.sub(r'(x|y|width)="[^"]*"', "", html)
     loss = re.search(r'<svg[^>]*aria-label="Loss".*?</svg>', html, re.S).group()
-    assert loss.count("<circle") == 3 and loss.count('class="mark"') == 1
+    assert (
+        loss.count("<circle") == 3 and loss.count('class="mark resume"') == 1 and loss.count('class="mark skip"') == 1
+    )
     assert 'aria-label="Auxiliary loss"' not in html and 'aria-label="Learning rate"' in html
 
 
@@ -217,6 +223,105 @@ def test_access_statistics_are_shown_per_stream(tmp_path):
     assert hottest.count("<circle") == len(summary["hot_rows"]["rows"])
     heat = charts["Rows by number of lookups"]
     assert heat.count("<circle") == np.count_nonzero(summary["heat"]["rows"]) and "nan" not in heat
+
+
+def test_different_rows_read_are_charted_over_the_steps(tmp_path):
+    _memory_run(tmp_path)
+    html = build_report(tmp_path).read_text()
+    assert "Different rows read" in html
+    svg = re.search(r'<svg[^>]*aria-label="Different rows.*?</svg>', html, re.S).group()
+    assert svg.count("<circle") == 1  # the stream that is read, where it was measured under this name
+
+
+def test_phases_of_steps_are_stacked_and_add_up(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    names = ["forward", "backward", "exchange", *(f"phase{i}" for i in range(9))]
+    for step in range(1, 601):
+        journal.write("step", step, **{f"seconds/{name}": 0.5 / (i + 1) for i, name in enumerate(names)})
+    journal.close()
+    series = phase_series(read_journal(tmp_path / "journal.jsonl"))
+    assert [s.name for s in series[:3]] == ["forward", "backward", "exchange"] and series[-1].name == "other"
+    assert len({s.color for s in series}) == len(series) == 10
+    assert sum(s.y[0] for s in series) == pytest.approx(sum(0.5 / (i + 1) for i in range(12)))
+    html = build_report(tmp_path).read_text()
+    svg = re.search(r'<svg[^>]*aria-label="Where the time of a step goes.*?</svg>', html, re.S).group()
+    assert svg.count('class="area') == 10
+    text = "\n".join(_Page(html).text)
+    assert "Where the time went" in text and "5:00" in text  # 600 steps of half a second in forward
+
+
+def test_areas_lie_on_each_other():
+    x = np.array([0.0, 10.0])
+    parts = [Series("low", x, np.array([1.0, 1.0]), 0, "area"), Series("high", x, np.array([1.0, 3.0]), 1, "area")]
+    low, high = re.findall(r'<path class="area c\d" d="([^"]*)"', str(area_chart("t", parts, size=(262, 136))))
+    # 200 x 100 inside the margins; the axis ends 5 % above 4
+    assert low == "M52.0 86.2L252.0 86.2L252.0 110.0L52.0 110.0Z"
+    assert high == "M52.0 62.4L252.0 14.8L252.0 86.2L52.0 86.2Z"
+    assert area_chart("t", []) == ""
+
+
+def test_strips_tell_the_values_of_all_lines(run_dir):
+    svg = str(
+        line_chart("t", [Series("a", np.arange(5.0), np.arange(5.0)), Series("b", np.arange(5.0), np.ones(5), 1)])
+    )
+    assert re.findall(r"<title>([^<]*)</title>", svg) == [f"step {i}\na: {i}\nb: 1" for i in range(5)]
+
+
+def test_what_the_supervisor_tells_is_on_the_time_line_and_in_the_events(run_dir):
+    entries = read_journal(run_dir / "journal.jsonl")
+    at = next(e["time"] for e in entries if e["kind"] == "step")
+    (run_dir / "launch").mkdir()
+    end = {"time": at, "event": "end", "incarnation": "7.0.0", "step": 20}
+    lost = end | {"outcome": "node_failure", "reason": "node2 <gone>", "bad_nodes": ["node2"]}
+    limit = end | {"outcome": "time_limit", "reason": "", "bad_nodes": []}
+    lines = [{"event": "start"}, lost, limit, end | {"outcome": "finished"}]
+    (run_dir / "launch" / "incarnations.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"torn')
+    events = events_of(run_dir, read_journal(run_dir / "journal.jsonl", overtaken=True))
+    names = [event.name for event in events]
+    assert names.count("node_failure") == names.count("time_limit") == 1 and "finished" not in names
+    marks = {(mark.kind, mark.step) for mark in marks_of(events)}
+    assert marks == {("resume", 31), ("skip", 40), ("trouble", 20)}
+    html = build_report(run_dir).read_text()
+    assert "node2 <gone>; without node2 from here on" in _Page(html).section("Events")
+    strip = re.search(r'<svg class="chart timeline.*?</svg>', html, re.S).group()
+    assert strip.count('class="span"') == 2 and strip.count('class="tick-mark trouble"') == 2  # and the kill
+
+
+def test_several_runs_are_compared(run_dir, tmp_path):
+    other = tmp_path / "elsewhere" / run_dir.name  # two runs of one name
+    other.mkdir(parents=True)
+    journal = Journal(other / "journal.jsonl")
+    journal.start(0, steps_done=0)
+    for step in range(1, 31):
+        journal.write("step", step, loss=3.0, step_seconds=0.1, loss_tokens=64, tokens_per_second=5.0)
+    journal.write("eval", 30, loss=3.5, blocked=False)
+    journal.close()
+    (run_dir / "config.yaml").write_text("name: one\nruns_dir: a\ntrain: {seed: 1, steps: 9}\n")
+    (other / "config.yaml").write_text("name: two\nruns_dir: b\ntrain: {seed: 2, steps: 9}\nextra: true\n")
+    html = build_comparison([run_dir, other], tmp_path / "both.html").read_text()
+    page = _Page(html)
+    assert "elsewhere/a <i> run" in page.section("Numbers") and "://" not in html
+    differ = page.section("Settings that differ")
+    assert "train.seed" in differ and "extra" in differ and "train.steps" not in differ and "runs_dir" not in differ
+    best = re.findall(r'<td>([^<]*)</td>(?:<td[^>]*>[^<]*</td>)*?<td class="best"[^>]*>([^<]*)</td>', html)
+    assert ("Validation loss", "3.5000") in best and ("Tokens per second", "35.5k") in best
+    loss = re.search(r'<svg[^>]*aria-label="Training loss over tokens".*?</svg>', html, re.S).group()
+    assert loss.count("<path") == 2
+    same = build_comparison([run_dir, run_dir], tmp_path / "same.html").read_text()
+    assert "None but names and places" in same
+    with pytest.raises(DataError, match="cannot be read"):
+        build_comparison([run_dir, tmp_path], tmp_path / "none.html")
+
+
+def test_the_report_verb_writes_where_it_is_told(run_dir, tmp_path, capsys):
+    runs, out = str(run_dir.parent), tmp_path / "pages" / "one.html"
+    assert report([run_dir.name, "--runs-dir", runs, "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out and "Time line" in out.read_text()
+    assert not (run_dir / "report.html").exists()
+    assert report([run_dir.name, run_dir.name, "--runs-dir", runs]) == 0
+    assert (run_dir.parent / "comparison.html").exists()
+    with pytest.raises(MegamemError, match="no run was named"):
+        report([])
 
 
 def test_logarithmic_axes_place_values_by_their_logarithm():

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import yaml
 
-from megamem.errors import MegamemError
+from megamem.errors import ConfigError, MegamemError
+from megamem.observe import tracking_session
 from megamem.observe.config import TrackingConfig
 from megamem.observe.journal import Journal
-from megamem.observe.tracking import Tracker, flatten, point_of, replay, tracking_uri
+from megamem.observe.lineage import Description, describe, tracked_model
+from megamem.observe.tracking import Selection, Tracker, add_metrics, flatten, point_of, replay, tracking_uri
+from megamem.observe.tracking_points import numbers
 
 CONFIG = {"model": {"num_layers": 2, "moe": {"layers": [0, 1]}}, "tracking": {"experiment": "tests"}}
 _PATIENCE = 120.0  # seconds; importing MLflow and making its database is slow on a busy machine
@@ -28,9 +31,9 @@ def run_dir(tmp_path):
 
 
 def _tracker(run_dir, *, resume=False, params=None, **settings):
-    config = TrackingConfig(**({"experiment": "tests"} | settings))
-    tracker = Tracker(config, runs_dir=run_dir.parent, run_dir=run_dir, run_name=run_dir.name)
-    tracker.start(flatten(CONFIG) if params is None else params, run_dir / "config.yaml", resume)
+    config = TrackingConfig(**({"experiment": "tests", "system_metrics": False} | settings))
+    tracker = Tracker(config, run_dir=run_dir)
+    tracker.start(Description(params=flatten(CONFIG) if params is None else params), resume=resume)
     return tracker
 
 
@@ -60,10 +63,10 @@ def test_points_of_entries():
 
 
 def test_a_resumed_run_goes_on_in_the_same_mlflow_run(run_dir):
+    journal = Journal(run_dir / "journal.jsonl")
     tracker = _tracker(run_dir, params=flatten(CONFIG) | {"long": "x" * 9000} | {f"p{i}": i for i in range(150)})
     for step in range(3):
-        tracker.log(step, {"train/loss": np.float32(3 - step), "train/grad_norm": math.nan})
-    tracker.artifact(run_dir / "config.yaml")
+        journal.write("step", step, loss=np.float32(3 - step), grad_norm=math.nan)
     tracker.finish("KILLED", timeout=_PATIENCE)
     first = _run(run_dir)
     assert first.info.status == "KILLED" and first.info.run_name == "tiny"
@@ -73,16 +76,18 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(run_dir):
     assert list((run_dir.parent / "mlartifacts").rglob("config.yaml"))
 
     changed = flatten(CONFIG) | {"model.num_layers": 3}  # MLflow refuses to change a parameter: a resume must not try
+    journal.write("step", 3, loss=0.75)  # written after the first process, by one that could not send it
     tracker = _tracker(run_dir, resume=True, params=changed)
-    tracker.record({"time": time.time(), "kind": "step", "step": 3, "loss": 0.5})
+    journal.write("step", 4, loss=0.5)
     tracker.finish("FINISHED", timeout=_PATIENCE)
     second = _run(run_dir)
     assert second.info.run_id == first.info.run_id and second.info.status == "FINISHED"
-    assert _history(run_dir, "train/loss") == [(0, 3.0), (1, 2.0), (2, 1.0), (3, 0.5)]
+    assert _history(run_dir, "train/loss") == [(0, 3.0), (1, 2.0), (2, 1.0), (3, 0.75), (4, 0.5)]
     assert _history(run_dir, "train/grad_norm") == []
 
     _tracker(run_dir).finish("FINISHED", timeout=_PATIENCE)  # a new start in the same directory is a new run
     assert _run(run_dir).info.run_id != first.info.run_id
+    assert _history(run_dir, "train/loss") == []
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_does_not_stay_running(run_dir):
@@ -94,15 +99,46 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_does_not_stay_running
     assert _client(run_dir).get_run(first).info.status == "KILLED"
 
 
+def test_a_lost_answer_makes_no_second_run(run_dir):
+    _tracker(run_dir).finish("FAILED", timeout=_PATIENCE)
+    first = _run(run_dir).info.run_id
+    (run_dir / "mlflow_run_id").unlink()  # made by the server, but this process never heard of it
+    _tracker(run_dir, resume=True).finish("FINISHED", timeout=_PATIENCE)
+    assert _run(run_dir).info.run_id == first
+
+
+def test_only_every_so_many_steps_are_sent_and_the_last(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    for step in range(1, 8):
+        journal.write("step", step, loss=float(step))
+    journal.write("eval", 7, loss=1.0, blocked=False)
+    journal.event("stop", 7)
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write('damaged\n{"kind":"eval","step":8,"time":1.0,"loss":2.0}\n{"kind":"eval","st')
+    points, end = Selection(3, 7).read(tmp_path / "journal.jsonl", 0)
+    assert [point.step for point in points] == [3, 6, 7, 7, 8]
+    assert end == (tmp_path / "journal.jsonl").read_bytes().rindex(b"\n") + 1
+    assert Selection(3, 7).read(tmp_path / "journal.jsonl", end) == ([], end)
+
+
+def test_names_that_mlflow_refuses_are_changed():
+    assert numbers({"a(b)": 1, "a[b]": 2.0, "x/../y": 3, "text": "t", "nan": math.nan}) == {
+        "a_b_": 1.0,
+        "a_b__1": 2.0,
+        "x/y": 3.0,
+    }
+
+
 def test_replay_sends_what_was_missed_and_only_that(run_dir):
     journal = Journal(run_dir / "journal.jsonl")
-    journal.start(0)
-    entries = [journal.write("step", step, loss=float(step), lr=1e-3) for step in range(6)]
-    evaluation = journal.write("eval", 6, loss=1.5, blocked=True)
     tracker = _tracker(run_dir)
-    for entry in entries[:2] + entries[4:5]:
-        tracker.record(entry)
+    journal.start(0)
+    for step in range(3):
+        journal.write("step", step, loss=float(step), lr=1e-3)
     tracker.finish("FAILED", timeout=_PATIENCE)
+    for step in range(3, 6):
+        journal.write("step", step, loss=float(step), lr=1e-3)
+    evaluation = journal.write("eval", 6, loss=1.5, blocked=True)
     assert replay(run_dir) == 4
     assert [step for step, _ in _history(run_dir, "train/loss")] == list(range(6))
     assert _history(run_dir, "eval_blocked/loss") == [(evaluation["step"], 1.5)]
@@ -110,6 +146,9 @@ def test_replay_sends_what_was_missed_and_only_that(run_dir):
     journal.event("stop", 6)
     assert replay(run_dir) == 0
     assert _run(run_dir).info.status == "FINISHED"
+    (run_dir / "mlflow_sync.json").write_text("{")  # torn or lost: everything again, and no measurement twice
+    assert replay(run_dir) == 7
+    assert [step for step, _ in _history(run_dir, "train/loss")] == list(range(6))
 
 
 def test_replay_of_a_run_that_was_never_tracked(run_dir):
@@ -123,44 +162,110 @@ def test_replay_of_a_run_that_was_never_tracked(run_dir):
         replay(run_dir)
 
 
+def test_numbers_added_after_the_end_change_neither_its_status_nor_its_tags(run_dir, monkeypatch):
+    journal = Journal(run_dir / "journal.jsonl")
+    journal.event("stop", 3)
+    replay(run_dir)
+    before = _run(run_dir)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setattr("megamem.observe.tracking_session.code_tags", lambda: {"mlflow.source.git.commit": "later"})
+    add_metrics(run_dir, 3, {"eval_tasks/acc,none": 0.5})
+    after = _run(run_dir)
+    assert after.data.metrics == {"eval_tasks/acc_none": 0.5}
+    assert after.info.status == "FINISHED" and after.info.end_time == before.info.end_time
+    assert after.data.tags.get("mlflow.source.git.commit") == before.data.tags.get("mlflow.source.git.commit")
+
+
+def test_a_run_that_was_stopped_for_a_requeue_has_not_finished(run_dir):
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"train": {"steps": 10, "log_interval": 5}}))
+    journal = Journal(run_dir / "journal.jsonl")
+    for step in range(1, 8):
+        journal.write("step", step, loss=1.0)
+    journal.event("stop", 7)
+    assert replay(run_dir) == 1
+    assert _run(run_dir).info.status == "KILLED"
+    journal.event("stop", 10)
+    replay(run_dir)
+    assert _run(run_dir).info.status == "FINISHED"
+
+
 def test_a_broken_database_costs_one_warning(run_dir, caplog):
     (run_dir.parent / "mlflow.db").write_bytes(b"not a database" * 1000)
     with caplog.at_level(logging.WARNING, logger="megamem"):
-        tracker = _tracker(run_dir)
-        for step in range(5):
-            tracker.log(step, {"loss": 1.0})
-        tracker.finish("FINISHED", timeout=_PATIENCE)
-        tracker.log(6, {"loss": 1.0})
+        _tracker(run_dir).finish("FINISHED", timeout=_PATIENCE)
     messages = [r.getMessage() for r in caplog.records if r.name.startswith("megamem")]
     assert len(messages) == 1 and "the journal goes on" in messages[0] and "mlflow.db" in messages[0]
+
+
+def test_what_a_store_missed_is_sent_when_it_is_back(run_dir, caplog, monkeypatch):
+    refusals, real = iter(range(3)), tracking_session.Session.log
+
+    def log(session, points):
+        if next(refusals, None) is not None:
+            raise ConnectionError("nobody there")
+        real(session, points)
+
+    monkeypatch.setattr("megamem.observe.tracking._FIRST_RETRY", 0.1)
+    monkeypatch.setattr(tracking_session.Session, "log", log)
+    journal = Journal(run_dir / "journal.jsonl")
+    tracker = _tracker(run_dir)
+    for step in (1, 2):
+        journal.write("step", step, loss=float(step))
+        until = time.monotonic() + _PATIENCE
+        while f'"sent": {(run_dir / "journal.jsonl").stat().st_size}' not in (run_dir / "mlflow_sync.json").read_text():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    tracker.finish("FINISHED", timeout=_PATIENCE)
+    assert _history(run_dir, "train/loss") == [(1, 1.0), (2, 2.0)]
+    assert _run(run_dir).info.status == "FINISHED"
+    assert caplog.text.count("is away (ConnectionError: nobody there)") == 1
 
 
 def test_an_mlflow_that_cannot_be_imported_costs_one_warning(run_dir, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
     with caplog.at_level(logging.WARNING, logger="megamem"):
-        tracker = _tracker(run_dir)
-        tracker.log(0, {"loss": 1.0})
-        tracker.finish("FINISHED", timeout=_PATIENCE)
+        _tracker(run_dir).finish("FINISHED", timeout=_PATIENCE)
     assert len(caplog.records) == 1 and "ModuleNotFoundError" in caplog.text
 
 
-def test_a_silent_server_holds_up_neither_steps_nor_the_end(run_dir, caplog):
+def test_a_silent_server_does_not_hold_up_the_end(run_dir, caplog):
     with socket.create_server(("127.0.0.1", 0)) as server:  # accepts connections and never answers
         uri = f"http://127.0.0.1:{server.getsockname()[1]}"
         with caplog.at_level(logging.WARNING, logger="megamem"):
             began = time.monotonic()
             tracker = _tracker(run_dir, uri=uri)
-            for step in range(20_000):  # more than the queue holds
-                tracker.log(step, {"loss": 1.0})
-            logged = time.monotonic()
             tracker.finish("FINISHED", timeout=0.5)
             ended = time.monotonic()
-    assert logged - began < 5 and ended - logged < 2
+    assert ended - began < 3
     assert [uri in r.getMessage() for r in caplog.records if r.name.startswith("megamem")] == [True]
 
 
 def test_no_mlflow_when_it_is_turned_off(run_dir):
     tracker = _tracker(run_dir, mlflow=False)
-    tracker.log(0, {"loss": 1.0})
+    tracker.artifact(run_dir / "config.yaml")
     tracker.finish("FINISHED", timeout=_PATIENCE)
     assert sorted(p.name for p in run_dir.parent.rglob("*")) == ["config.yaml", "tiny"]
+
+
+def test_the_name_of_a_parent_is_checked():
+    with pytest.raises(ConfigError, match=r"tracking\.parent is .* set a name without quotes"):
+        TrackingConfig(parent="it's")
+
+
+def test_what_a_run_is_described_by(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    data = tmp_path / "corpus"
+    data.mkdir()
+    (data / "data.json").write_text('{"fingerprint": "ab12", "tokens": 7, "files": {}}')
+    found = describe({"a": {"b": 1}, "data": {"path": str(data)}}, {"world_size": 2})
+    assert found.params == {"a.b": 1, "data.path": str(data), "environment.world_size": 2}
+    assert found.tags["slurm.job_id"] == "12"
+    assert found.data.name == "corpus" and found.data.digest == "ab12" and found.data.profile["tokens"] == 7
+    assert describe({"data": {"path": str(tmp_path)}}).data is None
+    assert tracked_model(tmp_path) is None
+    (tmp_path / "summary.json").write_text('{"steps": 4, "validation_loss": {"first": 9.0, "last": 2.5}}')
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000004\n")
+    model = tracked_model(tmp_path)
+    assert model.step == 4 and model.path == tmp_path / "checkpoints" / "step_00000004"
+    assert model.metrics == {"eval/loss": 2.5}

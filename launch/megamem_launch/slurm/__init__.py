@@ -1,0 +1,1 @@
+"""`megamem launch` on SLURM: scripts, submission, and what SLURM says of jobs."""

@@ -1,0 +1,293 @@
+"""What a run does now: from the files of the run, and from SLURM, which is asked anew each time."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megamem.errors import LaunchError
+from megamem.observe.heartbeat import start_tick
+from megamem_launch import rundir
+from megamem_launch.slurm.history import Record, accounted_state, read_history
+from megamem_launch.slurm.parse import Job
+from megamem_launch.slurm.progress import Progress, read_progress
+from megamem_launch.slurm.reasons import why_ended, why_waiting
+from megamem_launch.slurm.scheduler import Slurm
+from megamem_launch.watch.beats import ENDED, Beat, read_beats
+
+State = Literal["pending", "starting", "running", "ending", "finished", "stopped", "cancelled", "failed", "unknown"]
+
+_SILENT = (
+    60.0  # seconds without a heartbeat after which a run on another machine, which cannot be asked, counts as ended
+)
+
+ACTIVE: frozenset[State] = frozenset({"starting", "running", "ending"})
+"""States in which a run has nodes."""
+
+_STOPPED = {"stopped", "time_limit", "preempted", "superseded"}
+"""Outcomes after which a run that nobody starts again is whole, only not finished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobStatus:
+    """One submitted job of a run."""
+
+    id: str
+    kind: str
+    """run, chain, sweep or data."""
+    submission: str
+    state: str
+    """SLURM's word; FORGOTTEN once the controller does not know the job any more, UNKNOWN where it does not answer."""
+    why: str
+    """Why it waits or how it ended, in plain words; empty while it runs."""
+    nodes: str
+    restarts: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """One answer of ``megamem launch status``. Times are in seconds."""
+
+    run_dir: str
+    state: State
+    why: str = ""
+    """The reason in one sentence; empty where the state says it all."""
+    step: int = 0
+    """Steps done."""
+    total_steps: int | None = None
+    tokens_per_second: float | None = None
+    step_seconds: float | None = None
+    eta_seconds: float | None = None
+    incarnation: str = ""
+    nodes: list[str] = field(default_factory=list)
+    ranks: int = 0
+    """Ranks that have written a heartbeat."""
+    heartbeat_age: float | None = None
+    """Since the newest heartbeat of the rank that is silent longest."""
+    incarnations: int = 0
+    requeues: int = 0
+    """How often SLURM started jobs of the run anew."""
+    excluded: dict[str, str] = field(default_factory=dict)
+    """Nodes that the run avoids, and why."""
+    jobs: list[JobStatus] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What :func:`judge` decides from."""
+
+    finished: bool
+    cancelled: bool
+    jobs: Sequence[Job]
+    """Those that SLURM knows, in the order of submission."""
+    last: Record | None
+    """The last incarnation."""
+    local: bool
+    """Whether a supervisor of this run lives without SLURM."""
+    training: bool
+    """Whether the ranks of the last incarnation have taken up training."""
+    supervised: bool
+    """False for jobs that prepare data, which have no supervisor."""
+
+
+def read_status(run_dir: Path, slurm: Slurm, jobs: Sequence[Job] | None = None) -> Status:
+    """What the run in ``run_dir`` does now. SLURM is asked only about runs that have jobs, and not for ``jobs`` that are given.
+
+    Where SLURM does not answer the state is ``unknown`` and ``why`` says so, with what the files of the run tell beside it.
+    """
+    lines = [line for line in rundir.read_lines(rundir.jobs_file(run_dir)) if "job_id" in line]
+    ids = [str(line["job_id"]) for line in lines]
+    failure = ""
+    try:
+        jobs = [job for job in (slurm.jobs(ids) if jobs is None else jobs) if _submitted_as(job, ids)]
+    except LaunchError as error:
+        failure, jobs = str(error), []
+    jobs.sort(key=lambda job: ids.index(_submitted_as(job, ids)))
+    history = read_history(run_dir)
+    last = history[-1] if history else None
+    beats = list(read_beats(rundir.live_dir(run_dir, last.incarnation)).values()) if last else []
+    known = Known(
+        finished=rundir.finished_file(run_dir).exists(),
+        cancelled=rundir.cancelled_file(run_dir).exists(),
+        jobs=jobs,
+        last=last,
+        local=last is not None and last.job.startswith("local-") and local_supervisor(run_dir, beats) is not None,
+        training=any(beat.step > 0 for beat in beats),
+        supervised=any(line.get("kind") != "data" for line in lines) or not lines,
+    )
+    verdict: tuple[State, str] = ("unknown", failure) if failure else judge(known)
+    state, why = verdict
+    if state == "failed" and last is None and not jobs and (word := accounted_state(ids[-1])):
+        why += f"; SLURM's accounts call it {word}"
+    progress = read_progress(run_dir)
+    if state != "running":
+        progress = Progress(step=progress.step, total_steps=progress.total_steps)
+    return Status(
+        run_dir=str(run_dir),
+        state=state,
+        why=why,
+        **asdict(progress),
+        incarnation=last.incarnation if last else "",
+        nodes=_nodes(known, slurm) if state in ACTIVE else [],
+        ranks=len(beats) if state in ACTIVE else 0,
+        heartbeat_age=_age(beats) if state == "running" else None,
+        incarnations=len(history),
+        requeues=_requeues(history, jobs),
+        excluded=_excluded(run_dir),
+        jobs=[_job_status(line, jobs, answered=not failure) for line in lines],
+    )
+
+
+def read_sweep_status(sweep_dir: Path, points: Sequence[Path], slurm: Slurm) -> list[Status]:
+    """What the points of a sweep do now, with one question to SLURM for all."""
+    lines = rundir.read_lines(rundir.jobs_file(sweep_dir))
+    try:
+        jobs = slurm.jobs([str(line["job_id"]) for line in lines if "job_id" in line])
+    except LaunchError as error:
+        unanswered = [read_status(point, slurm, []) for point in points]
+        return [replace(status, state="unknown", why=str(error)) for status in unanswered]
+    return [read_status(point, slurm, jobs) for point in points]
+
+
+def running_job(jobs: Sequence[Job]) -> Job | None:
+    """The first of some jobs that has its nodes."""
+    return next((job for job in jobs if not job.over and not job.waiting), None)
+
+
+def judge(known: Known) -> tuple[State, str]:
+    """The state of a run and why, from what is known. Living jobs come first: a person may have begun a run again."""
+    last = known.last
+    current = running_job(known.jobs)
+    waiting = next((job for job in known.jobs if job.waiting), None)
+    alive = current is not None or waiting is not None or known.local
+    if known.cancelled:
+        return ("ending", "it was cancelled and its jobs are being ended") if alive else ("cancelled", "")
+    if current is not None and current.state == "COMPLETING":
+        return "ending", f"job {current.id} is being cleared from its nodes"
+    if not known.supervised:
+        return _without_supervisor(known.jobs)
+    if current is not None and not (last is not None and _is_of(last, current)):
+        return "starting", f"job {current.id} has its nodes, its supervisor prepares them"
+    if current is not None or known.local:
+        assert last is not None
+        if last.outcome:
+            return (
+                "starting",
+                f"incarnation {last.incarnation} ended ({last.outcome}: {last.reason}), the next is prepared",
+            )
+        return ("running", "") if known.training else ("starting", "its ranks load the model and meet each other")
+    if known.finished:
+        return "finished", ""
+    if waiting is not None:
+        return "pending", f"job {waiting.id}: {why_waiting(waiting)}"
+    return _ended(last, known.jobs)
+
+
+def _without_supervisor(jobs: Sequence[Job]) -> tuple[State, str]:
+    if running_job(jobs) is not None:
+        return "running", ""
+    failed = next((job for job in jobs if job.over and job.state != "COMPLETED"), None)
+    if failed is not None:
+        return "failed", f"job {failed.id}: {why_ended(failed)}; `megamem launch logs` shows its output"
+    waiting = next((job for job in jobs if job.waiting), None)
+    if waiting is not None:
+        return "pending", f"job {waiting.id}: {why_waiting(waiting)}"
+    return ("finished", "") if jobs else ("unknown", "SLURM has forgotten its jobs")
+
+
+def _ended(last: Record | None, jobs: Sequence[Job]) -> tuple[State, str]:
+    """Nothing of the run lives, and it neither finished nor was cancelled through us."""
+    final = jobs[-1] if jobs else None
+    if (
+        final is not None
+        and final.state == "CANCELLED"
+        and not (last is not None and last.outcome in ("stopped", "fatal"))
+    ):
+        return "cancelled", f"job {final.id} was cancelled by SLURM's own means"
+    if last is None:
+        how = f"{why_ended(final)}, and its supervisor never started" if final else "SLURM has forgotten it"
+        return "failed", f"job {final.id}: {how}; `megamem launch logs` shows its output" if final else how
+    if last.outcome == "finished":
+        return "finished", ""
+    if last.outcome == "cancelled":
+        return "cancelled", last.reason
+    if last.outcome in _STOPPED:
+        return "stopped", last.reason
+    if last.outcome:
+        return "failed", f"{last.outcome}: {last.reason}"
+    how = f" (job {final.id}: {why_ended(final)})" if final is not None and _is_of(last, final) else ""
+    return "failed", f"the supervisor of incarnation {last.incarnation} ended without a word{how}"
+
+
+def local_supervisor(run_dir: Path, beats: Sequence[Beat]) -> tuple[str, int] | None:
+    """Host and process of the supervisor that holds the run without SLURM; None where it has ended.
+
+    On another machine, which cannot be asked, heartbeats tell.
+    """
+    lease = rundir.read_json(rundir.lease_file(run_dir)) or {}
+    try:
+        host, pid, tick = str(lease["host"]), int(lease["pid"]), int(lease["start_tick"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    if host == socket.gethostname():
+        return (host, pid) if start_tick(pid) == tick else None
+    fresh = any(time.time() - beat.time < _SILENT and beat.phase != ENDED for beat in beats)
+    return (host, pid) if fresh else None
+
+
+def _nodes(known: Known, slurm: Slurm) -> list[str]:
+    current = running_job(known.jobs)
+    if known.last is not None and (current is None or _is_of(known.last, current)):
+        return known.last.nodes
+    return slurm.hostnames(current.nodes) if current is not None else []
+
+
+def _submitted_as(job: Job, ids: Sequence[str]) -> str:
+    """Which of ``ids`` a job is: its own, or that of its array; empty for none."""
+    return next((name for name in (job.id, job.number, job.array) if name in ids), "")
+
+
+def _is_of(record: Record, job: Job) -> bool:
+    return record.job in (job.number, job.id) and record.restart == job.restarts
+
+
+def _job_status(line: dict[str, Any], jobs: Sequence[Job], *, answered: bool) -> JobStatus:
+    id_ = str(line["job_id"])
+    own = [job for job in jobs if _submitted_as(job, [id_])]
+    job = next((job for job in own if not job.over), own[-1] if own else None)  # of an array the first task that lives
+    why = ""
+    if job is not None and job.waiting:
+        why = why_waiting(job)
+    elif job is not None and job.over and job.state != "COMPLETED":
+        why = why_ended(job)
+    return JobStatus(
+        id=id_,
+        kind=str(line.get("kind", "")),
+        submission=str(line.get("submission", "")),
+        state=job.state if job else "FORGOTTEN" if answered else "UNKNOWN",
+        why=why,
+        nodes=job.nodes if job else "",
+        restarts=job.restarts if job else None,
+    )
+
+
+def _requeues(history: Sequence[Record], jobs: Sequence[Job]) -> int:
+    """Restarts of all jobs: those that SLURM has forgotten left records, one that is requeued has none of its next start yet."""
+    restarts: dict[str, int] = {}
+    for job, count in [*((one.job, one.restart) for one in history), *((job.number, job.restarts) for job in jobs)]:
+        restarts[job] = max(count, restarts.get(job, 0))
+    return sum(restarts.values())
+
+
+def _excluded(run_dir: Path) -> dict[str, str]:
+    entries = rundir.read_json(rundir.excluded_file(run_dir)) or {}
+    return {node: str(entry.get("reason", "")) for node, entry in entries.items() if isinstance(entry, dict)}
+
+
+def _age(beats: Sequence[Beat]) -> float | None:
+    ages = [time.time() - beat.time for beat in beats if beat.phase != ENDED]
+    return round(max(0.0, max(ages)), 1) if ages else None

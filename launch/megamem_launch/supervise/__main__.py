@@ -1,0 +1,29 @@
+"""``python -m megamem_launch.supervise SUBMISSION_DIR``: what a batch script of `megamem launch slurm` ends as."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megamem.errors import MegamemError
+from megamem_launch.supervise.allocation import SlurmAllocation
+from megamem_launch.supervise.decide import FATAL
+from megamem_launch.supervise.submission import read_submission
+from megamem_launch.supervise.supervisor import Supervisor
+
+
+def main(argv: list[str]) -> int:
+    """Supervise the run of a submission on the nodes of this job."""
+    if len(argv) != 1:
+        print("usage: python -m megamem_launch.supervise SUBMISSION_DIR", file=sys.stderr)
+        return FATAL
+    try:
+        submission = read_submission(Path(argv[0]))
+        return Supervisor(submission, SlurmAllocation.here(submission.cluster)).run()
+    except MegamemError as error:
+        print(f"supervisor: {error}", file=sys.stderr)
+        return FATAL
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,88 @@
+"""``megamem launch local``: a run under its supervisor on this machine, without SLURM."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from megamem.config import at_least
+from megamem.errors import ConfigError
+from megamem_launch.cluster import Cluster, SlurmConfig, save_cluster
+from megamem_launch.config import load_config, save_config
+from megamem_launch.rundir import cancelled_file, write_json
+from megamem_launch.slurm.submit import next_folder
+from megamem_launch.supervise.allocation import LocalAllocation
+from megamem_launch.supervise.submission import read_submission
+from megamem_launch.supervise.supervisor import Supervisor
+from megamem_launch.validate import validate
+from megamem_launch.verbs.parse import flags_last, parse
+
+
+@dataclass
+class Arguments:
+    """Train on this machine under a supervisor: ranks that crash or hang are started again from the last checkpoint.
+
+    As `megamem launch slurm` does on a cluster: heartbeats, stacks of ranks that hang, one log per rank in RUN/launch/logs. An
+    interrupt (or RUN/STOP) saves and stops; a second one ends at once. `megamem launch status RUN` tells how it goes.
+
+    Examples:
+      megamem launch local configs/quickstart.yaml
+      megamem launch local configs/quickstart.yaml name=try2 --nproc 2
+    """
+
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
+    """YAML file, or the directory of a run."""
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SETTING=VALUE")] = ()
+    """Settings to change, as section.setting=value (the value is read as YAML)."""
+    nproc: int = 0
+    """Ranks; 0 for parallel.nproc."""
+    restarts: int = 3
+    """Restarts after which the run gives up that has not saved a new checkpoint between them."""
+    hang_seconds: int = 300
+    """Seconds in which no rank gets on after which all are stopped and started again; 0 waits for ever. A checkpoint may take four
+    times as long. Keep it below memory.timeout_seconds, after which ranks fail without saying who was late."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "nproc", "restarts", "hang_seconds")
+
+
+def main(argv: list[str]) -> int:
+    """Entry of the verb."""
+    arguments = parse(Arguments, flags_last(Arguments, argv), "launch local")
+    config = load_config(arguments.config, arguments.overrides)
+    config.runs_dir = str(Path(config.runs_dir).absolute())
+    ranks = config.parallel.nproc = arguments.nproc or config.parallel.nproc
+    validate(config, ranks)
+    if cancelled_file(config.run_dir).exists():
+        raise ConfigError(
+            f"{config.run_dir} was cancelled; delete {cancelled_file(config.run_dir)} to go on, or give this run another name"
+        )
+    cluster = Cluster(
+        name="this machine",
+        ranks_per_node=ranks,
+        cpus_per_node=max(ranks, len(os.sched_getaffinity(0))),
+        slurm=SlurmConfig(
+            restarts=arguments.restarts, hang_seconds=arguments.hang_seconds, requeue=False, preflight=False
+        ),
+    )
+    folder = next_folder(config.run_dir)
+    folder.mkdir(parents=True)
+    save_config(config, folder / "config.yaml")
+    save_cluster(cluster, folder / "cluster.yaml")
+    record = {
+        "run_dir": str(config.run_dir),
+        "config": str(folder / "config.yaml"),
+        "overrides": list(arguments.overrides),
+        "kind": "local",
+        "world_size": ranks,
+        "ranks_per_node": ranks,
+        "nodes": 1,
+        "created": time.time(),
+    }
+    write_json(folder / "submission.json", record)
+    return Supervisor(read_submission(folder), LocalAllocation.here(cluster)).run()
