@@ -47,19 +47,20 @@ def main(argv: list[str]) -> int:
     try:
         elastic_launch(launch, sys.executable)("-u", "-m", "megamem_launch.supervise.rank", str(run_dir), config)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code = failure.exitcode
-        how = (
-            f"was ended by signal {-code} ({signal.Signals(-code).name})"
-            if code < 0
-            else f"ended with exit code {code}"
-        )
-        with contextlib.suppress(OSError):
-            record_failure(live, node * ranks + rank % ranks, how, code)
-        return 2 if code == 2 else 1
+        for local, failure in error.failures.items():
+            if failure.exitcode not in (-signal.SIGTERM, 128 + signal.SIGTERM):  # which is how the others were stopped
+                with contextlib.suppress(OSError):
+                    record_failure(live, node * ranks + local % ranks, _how(failure.exitcode), failure.exitcode)
+        return 2 if any(failure.exitcode == 2 for failure in error.failures.values()) else 1
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
+
+
+def _how(code: int) -> str:
+    if code < 0:
+        return f"was ended by signal {-code} ({signal.Signals(-code).name})"
+    return f"ended with exit code {code}"
 
 
 def _outlive_signals(marker: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,10 +32,10 @@ class Findings:
 def read_findings(text: str, nodes: Sequence[str], *, host: str, run_dir: Path, complaint: str) -> Findings:
     """Judge what the nodes printed. ``host`` is the supervisor's own; ``complaint``, what srun and the interpreters said."""
     by_node: dict[str, dict[str, Any]] = {}
-    for line in text.splitlines():
-        _, mark, record = line.partition(MARK)
-        if mark:
-            found = json.loads(record)
+    for record in text.split(MARK)[1:]:
+        # What other nodes print at the same time may follow on the same line.
+        with contextlib.suppress(json.JSONDecodeError):
+            found, _ = json.JSONDecoder().raw_decode(record)
             by_node.setdefault(found["node"], {}).update(found)
     silent = [node for node in nodes if node not in by_node]
     if len(silent) == len(nodes):

@@ -150,7 +150,8 @@ def _examine_gpus(expected: int) -> list[str]:
 
 
 def _say(found: dict[str, Any]) -> None:
-    print(MARK + json.dumps(found), flush=True)
+    sys.stdout.write(f"{MARK}{json.dumps(found)}\n")  # one write: srun joins what the nodes print
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

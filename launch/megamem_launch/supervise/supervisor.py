@@ -170,7 +170,8 @@ class Supervisor:
                 if now - failed_at > _SETTLE:
                     break  # srun waits for the tasks of a node that is lost
         tail.copy()
-        first = min(_failures(live), key=lambda record: record["time"], default=None)
+        # One that was killed is the cause of errors that others, which lost it, wrote down before its agent did.
+        first = min(_failures(live), key=lambda record: (record["exit_code"] >= 0, record["time"]), default=None)
         if first is None:
             return replace(ended, exit_code=code)
         sentence = f"rank {first['rank']} on {first['node']}: {first['error']}"
