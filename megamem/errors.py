@@ -37,6 +37,10 @@ class ConfigError(MegamemError, ValueError):
     """A setting is unknown, of the wrong type, or does not fit another one."""
 
 
+class OutOfMemoryError(ConfigError):
+    """A rank got no more memory: the settings want more than there is, or something else still holds it."""
+
+
 class DataError(MegamemError):
     """A corpus, tokenizer or shard is missing, empty or damaged."""
 

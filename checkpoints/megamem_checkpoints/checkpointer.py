@@ -45,13 +45,22 @@ class Checkpointer:
     """Saves and loads below ``directory`` (``runs/<name>/checkpoints``), which all ranks must see. To be made by all ranks of
     ``groups`` in the same order, since it makes a group for the collectives of its background thread; by one thread used.
 
-    ``groups`` None means a single process, whether or not torch.distributed is initialised.
+    ``groups`` None means a single process, whether or not torch.distributed is initialised. ``before_publish`` is called on the
+    first rank when all is written, on the thread that saves; an error that it raises is that of the save, which leaves nothing.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig, *, groups: Groups | None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        *,
+        groups: Groups | None,
+        before_publish: Callable[[], None] = lambda: None,
+    ) -> None:
         self.directory = directory
         self.config = config
         self.groups = groups
+        self._before_publish = before_publish
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if groups is not None else None
         self._running: tuple[Saving, Future[Base]] | None = None
         self._base: Base | None = None
@@ -108,7 +117,7 @@ class Checkpointer:
         groups, lead = self.groups, self.groups is None or self.groups.coordinates.rank == 0
         if earlier is not None and lead:
             _log.warning("%s; trying again with that of step %d", earlier, step)
-        saving = Saving(self.directory, step, self.config, lead)
+        saving = Saving(self.directory, step, self.config, lead, self._before_publish)
         try:
             saving.begin(
                 groups=groups,
@@ -149,6 +158,11 @@ class Checkpointer:
             self.wait()
         except CheckpointError as error:
             _log.error("%s", error)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is still running; never waits."""
+        return self._running is not None and not self._running[1].done()
 
     def _may_share(self, step: int, base: Base) -> bool:
         """Whether the checkpoint of ``step`` may share files with ``base``."""

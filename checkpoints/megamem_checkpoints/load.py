@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from megamem.errors import CheckpointError
+from megamem.observe.phases import phases
 from megamem_checkpoints import dense, rng, tables
 from megamem_checkpoints.manifest import TableRecord
 from megamem_checkpoints.owned import Base
@@ -83,7 +84,9 @@ def load(
     batches = list(dense.batches(entries, states_of))
     for index in range(max(ranks.gather(len(batches)))):
         batch = batches[index] if index < len(batches) else []
-        for tensor, states in ranks.together(partial(dense.read_batch, reader.dense_reader, batch, sharding)):
+        with phases("checkpoint"):  # each is a sign that the rank gets on
+            read = ranks.together(partial(dense.read_batch, reader.dense_reader, batch, sharding))
+        for tensor, states in read:
             if isinstance(tensor, nn.Parameter):
                 put_state(tensor, {name: state.to(tensor.device) for name, state in states.items()})
             else:
@@ -92,7 +95,8 @@ def load(
     def restore_tables() -> None:
         for name, table in owned.items():
             record = reader.manifest.tables[name]
-            tables.restore(path, record, table, state=optimizer_state, label=reader.label, threads=threads)
+            with phases("checkpoint"):
+                tables.restore(path, record, table, state=optimizer_state, label=reader.label, threads=threads)
 
     # Once for all: pipeline stages own different numbers of tables, and every call is collective.
     ranks.together(restore_tables)

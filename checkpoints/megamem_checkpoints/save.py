@@ -49,10 +49,12 @@ class Saving:
     """One checkpoint on its way. What training waits for is :meth:`begin`; :meth:`finish` may run on another thread while the
     state that was saved changes."""
 
-    def __init__(self, root: Path, step: int, config: CheckpointConfig, lead: bool) -> None:
+    def __init__(
+        self, root: Path, step: int, config: CheckpointConfig, lead: bool, before_publish: Callable[[], None]
+    ) -> None:
         self.step = step
         self.final = root / directory.name_of(step)
-        self._root, self._config, self._lead = root, config, lead
+        self._root, self._config, self._lead, self._before_publish = root, config, lead, before_publish
         self._temporary = self.final.with_name(self.final.name + ".tmp")
         self._resources = contextlib.ExitStack()
         self._meta: dict[str, Any] = {}
@@ -146,6 +148,7 @@ class Saving:
             return ""
         manifest = _manifest(self._temporary, self.step, self._meta, parts, self._chain)
         write_text(self._temporary / FILE_NAME, manifest.dumps())
+        self._before_publish()
         directory.publish(self._temporary, self.final)
         try:
             directory.prune(self._root, keep=self._config.keep, keep_every=self._config.keep_every, step=self.step)

@@ -2,12 +2,14 @@
 
 ``PATH.parts`` holds what there is so far: ``tokenizer/`` and ``part-00001-of-00016/``, each with ``part.json``. Portions are cut
 between files of the sources, so that a machine reads only its own; merged in order they are the documents in their order, and
-the result is the one that a single machine writes, byte for byte.
+the result is the one that a single machine writes: every file byte for byte, but for ``data.json`` and ``clusters.safetensors``,
+whose header lists its metadata in any order; the tree in it has the same fingerprint.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from megamem_data.sources import SourceCounts, portions
 from megamem_data.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 
 _RECORD = "part.json"
+_PART = re.compile(r"part-\d{5,}-of-(\d{5,})")
 
 
 def parts_folder(path: Path) -> Path:
@@ -42,7 +45,10 @@ class _Record:
 
 
 def prepare_tokenizer(job: Job) -> None:
-    """Train the tokenizer of a request, or copy the existing one, for the portions to use."""
+    """Train the tokenizer of a request for the portions to use; one that exists already they take from where it is."""
+    if job.config.tokenizer.model:
+        job.report.line(f"data: the tokenizer is {job.config.tokenizer.model}; nothing to do")
+        return
     folder = parts_folder(job.path) / "tokenizer"
     if job.existing() is not None or _read(folder, job) is not None:
         return
@@ -55,14 +61,13 @@ def prepare_part(job: Job, number: int, count: int) -> None:
     """Encode portion ``number``, counted from 1, of ``count``; a finished one is used again.
 
     Raises:
-        DataError: the tokenizer is not there yet, or what is there belongs to another request.
+        DataError: the tokenizer is not there yet, or what is there belongs to another request or tokenizer.
     """
     folder = _part_folder(job.path, number, count)
     if job.existing() is not None:
         return
     tokenizer = _tokenizer(job)
-    record = _read(folder, job)
-    if record is not None and record.tokenizer == tokenizer.fingerprint:
+    if _finished(folder, job, tokenizer) is not None:
         job.report.line(f"data: {folder} is there already; nothing to do")
         return
     with written(folder) as temporary:
@@ -96,7 +101,7 @@ def merge_parts(job: Job) -> PreparedData:
                     writer.add(shard.tokens, shard.lengths)
                 advance(1)
         manifest = job.finish(temporary, tokenizer, writer.close(), counts)
-    for folder in (*folders, root / "tokenizer"):
+    for folder in (*folders, root / "tokenizer", *root.glob("*.tmp-*")):  # the last: what killed jobs left
         shutil.rmtree(folder, ignore_errors=True)
     if not any(root.iterdir()):
         root.rmdir()
@@ -108,12 +113,12 @@ def _part_folder(path: Path, number: int, count: int) -> Path:
 
 
 def _all_parts(path: Path) -> list[Path]:
-    found = sorted(parts_folder(path).glob("part-*-of-*[0-9]"))
+    found = {folder: match for folder in parts_folder(path).glob("part-*") if (match := _PART.fullmatch(folder.name))}
     if not found:
         raise DataError(
             f"{parts_folder(path)} holds no parts; run `megamem data prepare CONFIG --shard 1/N` to N/N first"
         )
-    counts = sorted({int(folder.name.rpartition("-")[2]) for folder in found})
+    counts = sorted({int(match[1]) for match in found.values()})
     if len(counts) > 1:
         raise DataError(
             f"{parts_folder(path)} holds parts of {counts[0]} and of {counts[1]}; delete those of one number"
@@ -129,11 +134,19 @@ def _all_parts(path: Path) -> list[Path]:
 
 def _part(folder: Path, job: Job, tokenizer: Tokenizer) -> _Record:
     """The record of a finished part, whose files are what was written."""
-    record = _read(folder, job)
-    if record is None or record.tokenizer != tokenizer.fingerprint:
-        raise DataError(f"{folder} was made with another tokenizer; delete it and prepare that part again")
+    record = _finished(folder, job, tokenizer)
+    if record is None:
+        raise DataError(f"{folder} has no {_RECORD}; delete it and prepare that part again")
     for name, expected in record.files.items():
         check_file(folder / name, expected, hashed=True)
+    return record
+
+
+def _finished(folder: Path, job: Job, tokenizer: Tokenizer) -> _Record | None:
+    """The record of a part, None where there is none; DataError where it is of another request or tokenizer."""
+    record = _read(folder, job)
+    if record is not None and record.tokenizer != tokenizer.fingerprint:
+        raise DataError(f"{folder} was made with another tokenizer; delete it and prepare that part again")
     return record
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,26 +16,29 @@ from megamem.errors import ConfigError
 from megamem.files import write_text
 from megamem_launch.config import read_yaml
 from megamem_launch.plan.hardware import HardwareConfig
-from megamem_launch.slurm.secrets import is_secret
+from megamem_launch.slurm.secrets import holds_secret, is_secret
 
 _TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED", re.IGNORECASE)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
 _OWN_DIRECTIVES = {
+    **{f"--{name}": f"slurm.{name}" for name in ("account", "constraint", "exclude", "exclusive", "partition", "qos")},
+    **{f"--{name}": f"slurm.{name}" for name in ("requeue", "reservation", "time")},
+    **{f"--{name}": "gpus_per_node" for name in ("gpus", "gpus-per-node", "gpus-per-task", "gres")},
+    **{f"--{name}": "slurm.memory" for name in ("mem", "mem-per-cpu", "mem-per-gpu")},
+    **{f"--{name}": "ranks_per_node" for name in ("ntasks", "ntasks-per-node")},
+    **{f"--{name}": "nothing: logs are kept with the run" for name in ("error", "output")},
     "--array": "--sweep of `megamem launch slurm`",
     "--chdir": "the directory that you submit from",
+    "--cpus-per-task": "cpus_per_node",
     "--dependency": "--chain of `megamem launch slurm`",
     "--export": "slurm.environment",
+    "--hold": "nothing: the launcher holds and releases jobs itself",
     "--job-name": "name of the run",
-    "--nodes": "nodes",
-    "--ntasks": "ranks_per_node",
-    "--ntasks-per-node": "ranks_per_node",
-    "--open-mode": "nothing: logs are always appended to",
-    "--output": "nothing: logs are kept with the run",
-    "--requeue": "slurm.requeue",
     "--no-requeue": "slurm.requeue",
+    "--nodes": "nodes",
+    "--open-mode": "nothing: logs are always appended to",
     "--signal": "slurm.signal and slurm.signal_seconds",
-    "--time": "slurm.time",
 }
 
 
@@ -48,7 +51,8 @@ class ContainerConfig:
     image: str = ""
     """Image, as ``--container-image`` of pyxis or ``apptainer exec`` takes it: a file, or a name in a registry."""
     mounts: list[str] = field(default_factory=list)
-    """``HOST``, ``HOST:INSIDE`` or ``HOST:INSIDE:ro``. The run, the data and the directory that you submit from are added."""
+    """``HOST``, ``HOST:INSIDE`` or ``HOST:INSIDE:ro``. The run, the data, ``memory.disk.path`` and the
+    directory that you submit from are added."""
     workdir: str = ""
     """Directory inside that the ranks start in; empty for the one that you submit from."""
     environment: list[str] = field(default_factory=list)
@@ -68,6 +72,8 @@ class ContainerConfig:
         for mount in self.mounts:
             if not 1 <= len(mount.split(":")) <= 3 or "," in mount:
                 raise ConfigError(f"mounts has {mount!r}; set HOST, HOST:INSIDE or HOST:INSIDE:ro, without commas")
+        for text in (self.image, *self.options):
+            _check_no_secret("image and options", text)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,7 +100,7 @@ class SlurmConfig:
     """Host memory of a node, such as ``500G``; ``0`` for all of it, empty for the partition's default."""
     mode: Literal["torchrun", "srun"] = "torchrun"
     """``torchrun``: one task of SLURM per node starts its ranks. ``srun``: every rank is a task of SLURM."""
-    signal: Literal["USR1", "USR2", "TERM", "HUP", "INT"] = "USR1"
+    signal: Literal["USR1", "USR2"] = "USR1"
     """Signal that SLURM sends to the supervisor before the time limit."""
     signal_seconds: int = 120
     """Seconds before the time limit that it is sent, by SLURM's clock up to a minute earlier: time for a step and a checkpoint."""
@@ -105,6 +111,8 @@ class SlurmConfig:
     hang_seconds: int = 300
     """Seconds in which no rank gets on after which all are stopped and started again; 0 waits for ever. A checkpoint may take four
     times as long. Keep it below memory.timeout_seconds, after which ranks fail without saying who was late."""
+    start_seconds: int = 900
+    """Seconds without progress that ranks may take before their first step is done: imports, compiling, reading a checkpoint."""
     preflight: bool = True
     """Check devices, disks, clocks and the network between the nodes before the ranks start."""
     setup: list[str] = field(default_factory=list)
@@ -119,6 +127,7 @@ class SlurmConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "signal_seconds", "restarts", "hang_seconds")
+        at_least(self, 1, "start_seconds")
         for name in ("partition", "account", "qos", "constraint", "reservation", "exclude", "python"):
             _check_line(name, getattr(self, name))
         if self.time and not _TIME.fullmatch(self.time):
@@ -134,14 +143,18 @@ class SlurmConfig:
                     f"environment.{name} looks like a secret, and would be kept with the run; export it in the shell that "
                     "submits, which the job inherits, or let a line of setup read it from a file"
                 )
+        for line in self.setup:
+            _check_no_secret("setup", line)
         for directive in self.directives:
             _check_line("directives", directive)
+            _check_no_secret("directives", directive)
             if not directive.startswith("--"):
                 raise ConfigError(f"directives has {directive!r}; set long options of sbatch, such as --mail-type=FAIL")
             option = re.split(r"[=\s]", directive, maxsplit=1)[0]
-            if option in _OWN_DIRECTIVES:
+            own = option if option in _OWN_DIRECTIVES else next(filter(_abbreviated_as(option), _OWN_DIRECTIVES), "")
+            if own:
                 raise ConfigError(
-                    f"directives has {directive!r}, which the launcher writes itself; use {_OWN_DIRECTIVES[option]}"
+                    f"directives has {directive!r}, which the launcher writes itself; use {_OWN_DIRECTIVES[own]}"
                 )
 
 
@@ -225,19 +238,23 @@ def save_cluster(cluster: Cluster, path: Path) -> None:
     write_text(path, heading + yaml.safe_dump(to_dict(cluster), sort_keys=False))
 
 
-def with_mounts(cluster: Cluster, workdir: Path, paths: Sequence[Path]) -> Cluster:
-    """The same cluster, whose container also sees ``workdir`` and ``paths``, absolute, under their own names, and starts in
-    ``workdir`` where its description names no other."""
+def with_mounts(cluster: Cluster, workdir: Path, read: Sequence[Path], written: Sequence[Path]) -> Cluster:
+    """The same cluster, whose container also sees ``workdir`` and what is ``read`` and ``written``, absolute, under their own
+    names, and starts in ``workdir`` where its description names no other. What is written needs a mount that is not ``:ro``."""
     container = cluster.slurm.container
     if container.kind == "none":
         return cluster
-    pairs = [(mount.split(":") * 2)[:2] for mount in container.mounts]
-    seen = [Path(host) for host, inside in pairs if host == inside]
+    parts = [mount.split(":") for mount in container.mounts]
+    same = [part for part in parts if len(part) == 1 or part[0] == part[1]]
+    seen = [Path(part[0]) for part in same]
+    writable = [Path(part[0]) for part in same if len(part) < 3 or "ro" not in part[2].split("+")]
     mounts = list(container.mounts)
-    for path in (workdir, *paths):
-        if not any(path.is_relative_to(parent) for parent in seen):
-            seen.append(path)
-            mounts.append(str(path))
+    for paths, parents in (((workdir, *read), seen), (written, writable)):
+        for path in paths:
+            if not any(path.is_relative_to(parent) for parent in parents):
+                seen.append(path)
+                writable.append(path)
+                mounts.append(str(path))
     changed = dataclasses.replace(container, mounts=mounts, workdir=container.workdir or str(workdir))
     return dataclasses.replace(cluster, slurm=dataclasses.replace(cluster.slurm, container=changed))
 
@@ -245,6 +262,19 @@ def with_mounts(cluster: Cluster, workdir: Path, paths: Sequence[Path]) -> Clust
 def _check_line(name: str, value: str) -> None:
     if "\n" in value or "\r" in value:
         raise ConfigError(f"{name} is {value!r}; set one line")
+
+
+def _check_no_secret(name: str, text: str) -> None:
+    if holds_secret(text):
+        raise ConfigError(
+            f"{name} has what looks like a secret, and would be kept with the run; export it in the shell that submits, which the "
+            "job inherits, or let a line of setup read it from a file"
+        )
+
+
+def _abbreviated_as(option: str) -> Callable[[str], bool]:
+    """sbatch takes any beginning of an option that no other has."""
+    return lambda own: len(option) > 3 and own.startswith(option)
 
 
 def _check_variable(name: str, variable: str) -> None:

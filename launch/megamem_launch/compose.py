@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ from megamem_data.prepared import PreparedData
 from megamem_kernels.formats import row_fields
 from megamem_kernels.parallel import set_threads
 from megamem_launch.config import RunConfig, load_config
+from megamem_launch.rundir import check_lease
 
 
 def open_data(config: RunConfig, *, verify: bool = True) -> PreparedData:
@@ -190,7 +192,12 @@ def build_parts(config: RunConfig, data: PreparedData, groups: Groups) -> Parts:
         entries=canonical_entries(model, groups),
         loader=loaders[0],
         validation=loaders[1] if train.eval_batches else None,
-        checkpointer=Checkpointer(config.run_dir / "checkpoints", config.checkpoint, groups=groups),
+        checkpointer=Checkpointer(
+            config.run_dir / "checkpoints",
+            config.checkpoint,
+            groups=groups,
+            before_publish=partial(check_lease, config.run_dir),
+        ),
         imported=inherited(config),
     )
 

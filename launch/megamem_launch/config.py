@@ -21,6 +21,7 @@ from megamem.train.config import OptimizerConfig, TrainConfig
 from megamem_checkpoints.config import CheckpointConfig
 from megamem_data.config import DataConfig
 from megamem_launch.bases import BASES
+from megamem_launch.rundir import submission_folders
 
 
 @dataclass(kw_only=True, slots=True)
@@ -79,7 +80,9 @@ def load_config(source: str | Path | None, overrides: Sequence[str] = ()) -> Run
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings of a YAML file, or of the saved configuration of a run directory; ConfigError names file and line."""
     if path.is_dir():
-        path = path / "config.yaml"
+        # A run that was submitted and has not started yet has only what was submitted.
+        kept = [folder / "config.yaml" for folder in submission_folders(path)[-1:]]
+        path = next((file for file in (path / "config.yaml", *kept) if file.is_file()), path / "config.yaml")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

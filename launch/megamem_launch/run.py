@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamem.errors import ConfigError, MegamemError
+from megamem.errors import MegamemError, OutOfMemoryError
 from megamem.observe.heartbeat import start_heartbeat
 from megamem.observe.phases import phases
 from megamem.parallel import groups as parallel_groups
@@ -65,7 +65,7 @@ def pretrain(config: RunConfig) -> Path:
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
-            raise ConfigError(
+            raise OutOfMemoryError(
                 f"rank {rank} ran out of memory ({str(error).partition(chr(10))[0]}); lower train.micro_batch_size, "
                 "data.seq_length or the sizes of model and memory, or raise the sizes of parallel"
             ) from error
@@ -100,12 +100,18 @@ def _train(parts: Parts, rank: int) -> None:
         text = f"not in {config.checkpoint.load}, so left at their initial values: {', '.join(new)}"
         observer.event("new_memories", progress.step, text)
     requests = Requests(config.run_dir)
+
+    def after_step() -> None:
+        saver.report()
+        if rank == 0 and not saver.busy:
+            requests.saved()
+
     trainer = make_trainer(
         parts,
         observer,
         lambda step: saver.save(step),
         progress,
-        after_step=lambda: saver.report(),
+        after_step=after_step,
         ask=requests.poll if rank == 0 else lambda: Request.NONE,
     )
     saver = Saver(parts, observer, trainer)
@@ -121,6 +127,8 @@ def _train(parts: Parts, rank: int) -> None:
         saver.close()
         observer.finish("FAILED", trainer.progress.step)
         raise
+    if rank == 0:
+        requests.heed()
     if trainer.stopped:
         text = f"stopped after step {trainer.progress.step} ({requests.why}); the same command goes on from there"
         observer.event("stop_requested", trainer.progress.step, text)
@@ -132,14 +140,12 @@ def _train(parts: Parts, rank: int) -> None:
 def _report_end(run_dir: Path, trainer: Trainer, requests: Requests) -> None:
     """Tell the supervisor, and the jobs that come after, how training ended."""
     step = trainer.progress.step
-    if trainer.stopped:
-        requests.obeyed()
-    if (own := incarnation()) is None:
-        return
-    ended = {"outcome": "stopped" if trainer.stopped else "finished", "step": step, "why": requests.why}
-    if not trainer.stopped:
-        write_json(finished_file(run_dir), {"step": step, "time": time.time()})
-    write_json(outcome_file(run_dir, own), ended)
+    if (own := incarnation()) is not None:
+        ended = {"outcome": "stopped" if trainer.stopped else "finished", "step": step, "why": requests.why}
+        if not trainer.stopped:
+            write_json(finished_file(run_dir), {"step": step, "time": time.time()})
+        write_json(outcome_file(run_dir, own), ended)
+    requests.obeyed(finished=not trainer.stopped)
 
 
 def make_trainer(
@@ -185,13 +191,14 @@ def _restore(parts: Parts) -> tuple[Progress, dict[str, Any] | None, list[str]]:
     parts.checkpointer.agree(path)
     if path is None:
         return Progress(), None, []
-    loaded = parts.checkpointer.load(
-        path,
-        entries=parts.entries,
-        put_state=parts.zero.load_full_state,
-        tables=parts.memory.tables,
-        optimizer_state=resume,
-    )
+    with phases("checkpoint"):
+        loaded = parts.checkpointer.load(
+            path,
+            entries=parts.entries,
+            put_state=parts.zero.load_full_state,
+            tables=parts.memory.tables,
+            optimizer_state=resume,
+        )
     if not resume:
         return Progress(), None, loaded["kept"]
     meta = loaded["meta"]

@@ -16,11 +16,29 @@ from megamem.files import write_text
 
 INCARNATION = "MEGAMEM_INCARNATION"
 """Environment variable that tells ranks which incarnation they are; set by the supervisor alone."""
+STOP, SAVE = "STOP", "SAVE"
+"""Files in the directory of a run that a person makes: save and end; save and go on."""
 
 
 def launch_dir(run_dir: Path) -> Path:
     """All that the launcher keeps of a run."""
     return run_dir / "launch"
+
+
+def submission_folders(run_dir: Path) -> list[Path]:
+    """What is kept of each submission of a run, ``submission-1`` first."""
+    found = (path for path in launch_dir(run_dir).glob("submission-*") if _number(path).isdigit())
+    return sorted(found, key=lambda path: int(_number(path)))
+
+
+def next_submission_folder(run_dir: Path) -> Path:
+    """Where the next submission of a run will be kept; not made."""
+    last = submission_folders(run_dir)[-1:]
+    return launch_dir(run_dir) / f"submission-{int(_number(last[0])) + 1 if last else 1}"
+
+
+def _number(folder: Path) -> str:
+    return folder.name.removeprefix("submission-")
 
 
 def jobs_file(run_dir: Path) -> Path:
@@ -51,6 +69,12 @@ def finished_file(run_dir: Path) -> Path:
 def cancelled_file(run_dir: Path) -> Path:
     """Exists when a person cancelled the run."""
     return launch_dir(run_dir) / "cancelled"
+
+
+def stopped_file(run_dir: Path) -> Path:
+    """Exists when jobs that are still in the queue are not to go on with the run, until somebody submits or requeues it: a person
+    stopped it, or must mend something first."""
+    return launch_dir(run_dir) / "stopped"
 
 
 def live_dir(run_dir: Path, incarnation: str) -> Path:

@@ -43,6 +43,11 @@ class Saver:
         if self._rank == 0 and (streams := parts.memory.access()):
             self._observer.record("access", step, rank=self._rank, streams=streams)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._parts.checkpointer.busy
+
     def report(self) -> None:
         """Tell the observer about saves that have ended; never waits."""
         for outcome in self._parts.checkpointer.ended():

@@ -9,7 +9,6 @@ import ctypes
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from megamem.observe.phases import NAMES
@@ -149,23 +148,6 @@ def add_up(static: Mapping[str, int], peak: Peak, *, gradients: int, held: int, 
     kinds["fragmentation"] = free
     kinds["process"] = held - sum(kinds.values())
     return {kind: int(kinds[kind]) for kind in KINDS if kinds[kind]}
-
-
-def reset_peak_rss() -> bool:
-    """Begin the peak of the resident set anew; whether the kernel allows it."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_rss() -> int:
-    """Most bytes that were resident since :func:`reset_peak_rss`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM")
 
 
 _MALLINFO2 = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")

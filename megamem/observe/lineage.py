@@ -50,10 +50,12 @@ class Description:
     data: TrackedData | None = None
 
 
-def describe(config: Mapping[str, Any], environment: Mapping[str, Any] | None = None) -> Description:
-    """The run of a resolved configuration (nested plain values); ``environment`` joins its parameters."""
+def describe(
+    config: Mapping[str, Any], environment: Mapping[str, Any] | None = None, *, source: str = "megamem train"
+) -> Description:
+    """The run of a resolved configuration (nested plain values); ``environment`` joins its parameters. ``source``: what made it."""
     params = flatten(config) | (flatten({"environment": environment}) if environment else {})
-    tags = {"mlflow.source.name": "megamem train", "mlflow.source.type": "LOCAL"}
+    tags = {"mlflow.source.name": source, "mlflow.source.type": "LOCAL"}
     if job := os.environ.get("SLURM_JOB_ID"):
         tags |= {"mlflow.source.type": "JOB", "slurm.job_id": job}
     if incarnation := os.environ.get("MEGAMEM_INCARNATION"):

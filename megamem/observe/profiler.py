@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from megamem.observe.allocations import Peak, heap_free_bytes, peak_of, peak_rss, read_profile, reset_peak_rss
+from megamem.observe.allocations import Peak, heap_free_bytes, peak_of, read_profile
+from megamem.observe.memory import peak_rss, reset_peak_rss
 from megamem.observe.phases import NAMES, Phases
 from megamem.observe.wire import Traffic, WireCounter
 

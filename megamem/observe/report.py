@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megamem.errors import DataError
+from megamem.files import write_text
 from megamem.observe.charts import COLORS, Series, column
 from megamem.observe.journal import Entry, read_journal
 from megamem.observe.memory_charts import access_sections
@@ -83,13 +82,9 @@ def _template(name: str) -> Any:
 
 
 def _write(path: Path, page: str) -> Path:
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, page)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise DataError(
             f"{path} cannot be written ({error.strerror}): free space there, or name another place with `megamem report --out`"
         ) from None

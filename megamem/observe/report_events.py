@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,8 +14,10 @@ from megamem.observe.charts import Mark
 from megamem.observe.journal import Entry
 
 _INCARNATIONS = Path("launch") / "incarnations.jsonl"
-_TROUBLE = ("killed", "fail", "checkpoint_failed", "node_failure", "hang", "crash", "preflight", "superseded", "fatal")
-_ENDS = ("stop", "fail", "killed")
+_FAILURES = ("node_failure", "hang", "crash", "preflight", "superseded", "fatal")
+TROUBLE = ("killed", "fail", "checkpoint_failed", *_FAILURES)
+"""Names of events that a person should look at."""
+_ENDS = ("stop", "fail", "killed", "time_limit", "preempted", "cancelled", *_FAILURES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +39,22 @@ class Event:
     @property
     def kind(self) -> str:
         """``trouble`` for what a person should look at, ``skip``, or empty."""
-        return "trouble" if self.name in _TROUBLE else "skip" if self.name == "skip" else ""
+        return "trouble" if self.name in TROUBLE else "skip" if self.name == "skip" else ""
 
 
 def events_of(run_dir: Path, entries: list[Entry]) -> list[Event]:
-    """What happened, in order of time. ``entries``: the journal with those that a resume overtook."""
-    return sorted([*_from_journal(entries), *_from_supervisor(run_dir / _INCARNATIONS)], key=lambda event: event.time)
+    """What happened, in order of time. ``entries``: the journal with those that a resume overtook.
+
+    Where the journal breaks off and the supervisor says why, that is one event: the supervisor's.
+    """
+    told, explained = _from_journal(entries), _from_supervisor(run_dir / _INCARNATIONS)
+    starts = [event.time for event in told if event.name in ("start", "resume")]
+    own = []
+    for event in told:
+        until = min((time for time in starts if time > event.time), default=math.inf)
+        known = event.name in ("killed", "fail") and any(event.time <= end.time <= until for end in explained)
+        own += [] if known else [event]
+    return sorted([*own, *explained], key=lambda event: event.time)
 
 
 def marks_of(events: list[Event]) -> list[Mark]:

@@ -7,16 +7,13 @@ from markupsafe import Markup, escape
 
 from megamem.observe.chart_axes import Axis, label
 from megamem.observe.progress import format_duration
-from megamem.observe.report_events import Event, spans
+from megamem.observe.report_events import TROUBLE, Event, spans
 
 _LANES = (
     ("checkpoints", ("checkpoint",)),
     ("skipped steps", ("skip",)),
     ("saved or stopped on request", ("save_requested", "stop_requested", "time_limit", "preempted", "cancelled")),
-    (
-        "trouble",
-        ("killed", "fail", "checkpoint_failed", "node_failure", "hang", "crash", "preflight", "superseded", "fatal"),
-    ),
+    ("trouble", TROUBLE),
 )
 _LEFT, _RIGHT, _LANE, _WIDTH = 190, 14, 26, 1080
 _UNITS = ((86400 * 3, 86400, "days"), (3600 * 3, 3600, "hours"), (180, 60, "minutes"), (0, 1, "seconds"))

@@ -25,7 +25,17 @@ from megamem.observe.lineage import Description, describe, tracked_model
 from megamem.observe.tracking_points import Point, Selection, Sync, flatten, numbers, point_of
 from megamem.observe.tracking_session import Session, Status, describe_error, tracking_uri
 
-__all__ = ["Point", "Selection", "Tracker", "add_metrics", "flatten", "point_of", "replay", "tracking_uri"]
+__all__ = [
+    "Point",
+    "Selection",
+    "Tracker",
+    "add_metrics",
+    "flatten",
+    "log_numbers",
+    "point_of",
+    "replay",
+    "tracking_uri",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +171,42 @@ def add_metrics(run_dir: Path, step: int, metrics: Mapping[str, float]) -> None:
         session.log([Point(step, time.time(), numbers(plain(metrics)))])
 
 
+def log_numbers(
+    folder: Path, settings: Mapping[str, Any], metrics: Mapping[str, float], *, step: int, source: str, runs_dir: Path
+) -> None:
+    """Make a finished MLflow run of numbers that no journal has, a new one every time; ``folder`` keeps the id of the last.
+
+    Args:
+        folder: Where they were written; names the run.
+        settings: Nested plain values, with ``tracking``: the run's parameters.
+        metrics: As for :func:`add_metrics`.
+        step: That they are shown at.
+        source: Command that they come from.
+        runs_dir: Directory of runs, where MLflow's SQLite file is unless ``tracking.uri`` is set.
+
+    Raises:
+        MegamemError: MLflow cannot be reached.
+    """
+    tracking = build(TrackingConfig, settings.get("tracking", {}), "tracking")
+    with _told(tracking, runs_dir):
+        description, sync = describe(settings, source=source), Sync.open(folder, resume=False)
+        session = Session(tracking, folder.resolve(), description, sync, live=False, runs_dir=runs_dir)
+        session.log([Point(step, time.time(), numbers(plain(metrics)))])
+        session.terminate("FINISHED")
+
+
+@contextlib.contextmanager
+def _told(tracking: TrackingConfig, runs_dir: Path) -> Iterator[None]:
+    """MegamemError for whatever MLflow raises."""
+    try:
+        yield
+    except Exception as error:
+        raise MegamemError(
+            f"MLflow at {tracking_uri(tracking, runs_dir)} does not take the run ({describe_error(error)}): set tracking.uri to a "
+            "store that works"
+        ) from error
+
+
 @contextlib.contextmanager
 def _ended_run(run_dir: Path) -> Iterator[tuple[Session, Selection, Status]]:
     """The MLflow run of ``run_dir``, which ends as its journal does; MegamemError for whatever MLflow raises."""
@@ -176,15 +222,10 @@ def _ended_run(run_dir: Path) -> Iterator[tuple[Session, Selection, Status]]:
     train = config.get("train", {})
     selection = Selection(train.get("log_interval", 1), train.get("steps", 0))
     status = _ending(run_dir, selection.last_step)
-    try:
+    with _told(tracking, run_dir.parent):
         session = Session(tracking, run_dir, describe(config), Sync.open(run_dir, resume=True), live=False)
         yield session, selection, status
         session.terminate(status)
-    except Exception as error:
-        uri = tracking_uri(tracking, run_dir.parent)
-        raise MegamemError(
-            f"MLflow at {uri} does not take the run ({describe_error(error)}): set tracking.uri to a store that works"
-        ) from error
 
 
 def _ending(run_dir: Path, steps: int) -> Status:

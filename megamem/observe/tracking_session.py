@@ -45,10 +45,18 @@ class Session:
         description: Settings, which are logged once; code and data, logged at every opening.
         sync: How far MLflow has got; kept up to date.
         live: The run is training: it becomes RUNNING, and its tags tell of this process. Else only new ones are set.
+        runs_dir: The directory of runs; None where ``run_dir`` lies in it.
     """
 
     def __init__(
-        self, config: TrackingConfig, run_dir: Path, description: Description, sync: Sync, *, live: bool = True
+        self,
+        config: TrackingConfig,
+        run_dir: Path,
+        description: Description,
+        sync: Sync,
+        *,
+        live: bool = True,
+        runs_dir: Path | None = None,
     ) -> None:
         _prepare_environment()
         from mlflow.tracking import MlflowClient
@@ -57,7 +65,8 @@ class Session:
         for name, level in {"alembic": "WARNING", "mlflow": "WARNING", "urllib3.connectionpool": "ERROR"}.items():
             logging.getLogger(name).setLevel(level)
         self._config, self._run_dir, self._sync = config, run_dir, sync
-        self._uri = tracking_uri(config, run_dir.parent)
+        self._runs_dir = runs_dir or run_dir.parent
+        self._uri = tracking_uri(config, self._runs_dir)
         self._client = MlflowClient(tracking_uri=self._uri)
         self._data = description.data
         self._refused: set[str] = set()
@@ -192,10 +201,10 @@ class Session:
     def _find_experiment(self) -> str:
         from mlflow.exceptions import MlflowException
 
-        runs_dir, name = self._run_dir.parent, self._config.experiment
+        name = self._config.experiment
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            artifacts = None if self._config.uri else (runs_dir.resolve() / "mlartifacts").as_uri()
+            artifacts = None if self._config.uri else (self._runs_dir.resolve() / "mlartifacts").as_uri()
             with contextlib.suppress(MlflowException):  # another run may create it at the same moment
                 self._client.create_experiment(name, artifact_location=artifacts)
             experiment = self._client.get_experiment_by_name(name)
@@ -244,7 +253,7 @@ class Session:
         The lock lets one of several points of a sweep make it; they share the directory of runs.
         """
         name = self._config.parent
-        with (self._run_dir.parent / ".mlflow_parent.lock").open("w") as lock:
+        with (self._runs_dir / ".mlflow_parent.lock").open("w") as lock:
             with contextlib.suppress(OSError):  # a file system without locks: two headings at worst
                 fcntl.flock(lock, fcntl.LOCK_EX)
             found = self._search(_PARENT_TAG, name)

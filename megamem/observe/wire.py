@@ -28,13 +28,16 @@ _SHARE: dict[str, Callable[[int], float]] = {
     "all_to_all": lambda g: (g - 1) / g,
     "reduce": lambda g: (g - 1) / g,
     "broadcast": lambda g: (g - 1) / g,
+    "gather": lambda g: (g - 1) / g,
+    "scatter": lambda g: (g - 1) / g,
     "send": lambda g: 1,
 }
 
 
 def sent_bytes(operation: str, nbytes: float, size: int) -> float:
     """Bytes that each of ``size`` ranks sends, on average, in a collective over ``nbytes``: the tensor of this rank that goes
-    in (the whole one of ``reduce_scatter`` and ``all_to_all``, of equal parts; the rank's own part of ``all_gather``).
+    in (the whole one of ``reduce_scatter`` and ``all_to_all``, of equal parts; the rank's own part of ``all_gather``, ``gather``
+    and ``scatter``).
 
     ``all_reduce`` takes ``2 (g - 1) / g`` of it, ``all_gather`` ``g - 1``, ``send`` all, the others ``(g - 1) / g``.
     """
@@ -124,8 +127,9 @@ def _second(group: Any, outputs: Any, inputs: Any, *rest: Any) -> float:
 
 
 def _to_others(group: Any, output: Any, tensor: Any, output_splits: Any, splits: Any, *rest: Any) -> float:
-    own = splits[group.rank()] / max(1, len(tensor)) if splits else 1 / group.size()
-    return tensor.nbytes * (1 - own)
+    given = splits is not None and len(splits) > 0  # megatron-core gives arrays
+    own = splits[group.rank()] / max(1, len(tensor)) if given else 1 / group.size()
+    return float(tensor.nbytes * (1 - own))
 
 
 def _list_to_others(group: Any, outputs: Any, inputs: Any, *rest: Any) -> float:
@@ -137,6 +141,8 @@ _METHODS: dict[str, tuple[str, Callable[..., float]]] = {
     "allreduce_coalesced": ("all_reduce", _first),
     "reduce": ("reduce", _first),
     "broadcast": ("broadcast", _first),
+    "gather": ("gather", _second),
+    "scatter": ("scatter", _first),
     "allgather": ("all_gather", _second),
     "allgather_coalesced": ("all_gather", _second),
     "_allgather_base": ("all_gather", _second),

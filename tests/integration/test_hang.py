@@ -21,7 +21,7 @@ from megamem_launch.watch.beats import Beat, read_beats
 from megamem_launch.watch.watchdog import SLOW_PHASES
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
-STEPS, INTERVAL, HANG_SECONDS = 48, 4, 4
+STEPS, INTERVAL, HANG_SECONDS = 96, 8, 10
 
 
 def settings(folder: Path, data: Path) -> list[str]:
@@ -80,7 +80,7 @@ def test_stopped_rank_is_named_and_the_run_goes_on(prepared_tiny: Path, tmp_path
             dumps = dump_dir(run_dir, incarnation)
             while (verdict := read_json(dumps / "hang.json")) is None:
                 assert supervisor.poll() is None
-                assert time.monotonic() - stopped < 60
+                assert time.monotonic() - stopped < 120
                 time.sleep(0.05)
             took = time.monotonic() - stopped
             assert supervisor.wait(180) == 0, output.read_text()[-4000:]
@@ -90,7 +90,7 @@ def test_stopped_rank_is_named_and_the_run_goes_on(prepared_tiny: Path, tmp_path
 
     print(f"named {took:.1f} s after it stopped: {verdict['sentence']}")
     bound = HANG_SECONDS * max(SLOW_PHASES.get(rank["phase"], 1.0) for rank in verdict["ranks"])
-    assert HANG_SECONDS - 1 < took < bound + 8  # a beat, a look, and stacks that settle
+    assert HANG_SECONDS - 1 < took < bound + 15  # a beat, a look, and stacks that settle
     assert verdict["late"] == [1]
     late = f"rank 1 ({victim.host}, pid {victim.pid}) is late: it is stopped (SIGSTOP) in phase "
     assert verdict["sentence"].startswith(late) and "while 1 rank waits in all_" in verdict["sentence"]

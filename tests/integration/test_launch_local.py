@@ -61,8 +61,23 @@ def ranks_of(run: Path) -> dict[int, psutil.Process]:
     return {rank: psutil.Process(beat.pid) for rank, beat in beats.items()}
 
 
+def tracked_runs(folder: Path) -> set[str]:
+    """Ids of all that MLflow knows of."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder.resolve() / 'mlflow.db'}")
+    known = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    return {entry.info.run_id for entry in known}
+
+
 def start(line: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        line,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where pytest is in the background
+    )
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -76,7 +91,7 @@ def test_a_killed_rank_is_started_again_and_stop_is_obeyed(prepared_tiny: Path, 
     """Two ranks: one is killed, then the run is stopped by its file, then it goes on to its end: one line of losses."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     steps = 60
-    two = ("--nproc", "2", "checkpoint.interval=10")
+    two = ("--nproc", "2", "checkpoint.interval=10", "tracking.mlflow=true")
     finish(start(command(whole, prepared_tiny, steps, *two)))
     assert outcomes(whole) == ["finished"]
 
@@ -97,6 +112,8 @@ def test_a_killed_rank_is_started_again_and_stop_is_obeyed(prepared_tiny: Path, 
     finish(start(command(run, prepared_tiny, steps, *two)))
     assert outcomes(run) == ["crash", "stopped", "finished"]
     assert losses(run) == losses(whole)
+    # One for each, though the second had three incarnations. (The first has made MLflow's database: a kill meanwhile spoils it.)
+    assert tracked_runs(tmp_path) == {(path / "mlflow_run_id").read_text().strip() for path in (whole, run)}
     assert "has trained all 60 steps" in finish(start(command(run, prepared_tiny, steps, *two)))
     assert len(outcomes(run)) == 3
 

@@ -13,6 +13,9 @@ import pytest
 import yaml
 
 from megamem.observe.phases import NAMES
+from megamem.testing.browser import chromium, open_page
+from megamem_launch.config import load_config
+from megamem_launch.profile.publish import publish
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
@@ -35,7 +38,9 @@ def check_sums(profile: dict[str, Any], ranks: int) -> None:
         assert sum(phases.values()) == pytest.approx(step, rel=0.02)
         assert ratio == pytest.approx(1, abs=0.02)
         assert set(phases) <= set(NAMES)
-        assert phases["forward"] + phases["backward"] > 0.2 * step
+        # Whatever a busy machine does to stages that wait for each other; and nearly all of a step is in a named phase.
+        assert phases["forward"] + phases["backward"] + phases.get("pipeline_wait", 0.0) > 0.2 * step
+        assert phases.get("other", 0.0) < 0.15 * step
     # Two clocks: the window as a whole, and the steps one by one.
     assert profile["step_seconds"]["mean"] == pytest.approx(breakdown["step_seconds"][0], rel=0.02)
     for kinds, held in zip(profile["memory"]["ranks"], profile["memory"]["held_bytes"], strict=True):
@@ -43,6 +48,27 @@ def check_sums(profile: dict[str, Any], ranks: int) -> None:
         assert kinds["gradients"] == pytest.approx(kinds["parameters"], rel=0.05)  # which are padded, and have buffers
         assert kinds["optimizer"] == pytest.approx(3 * kinds["parameters"], rel=0.01)
         assert kinds["activations"] > 2**16 and kinds["tables"] > 2**16
+
+
+def look_at(page: Path, picture: Path) -> None:
+    """Show a page in a browser, where one is installed: bars and tables are there, it asks for nothing, and it fits."""
+    if (program := chromium()) is None:
+        return
+    with open_page(program) as tab:
+        for width in (1200, 390):
+            tab.look(width=width)
+            tab.open(page)
+            assert tab.complaints == [] and tab.requests == [page.resolve().as_uri()]
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.evaluate(
+            "[...document.querySelectorAll('.share i')].every(e => e.getBoundingClientRect().height > 10)"
+        )
+        colors = (
+            "new Set([...document.querySelectorAll('.share i')].map(e => getComputedStyle(e).backgroundColor)).size"
+        )
+        assert tab.evaluate(colors) > 4
+        assert tab.evaluate("document.querySelectorAll('table').length") == 3  # one rank has no wires
+        assert tab.screenshot(picture).stat().st_size > 20_000
 
 
 def ranges_of(trace: Path) -> set[str]:
@@ -72,8 +98,9 @@ def test_one_rank(prepared_tiny: Path, tmp_path: Path) -> None:
     page = (out / "profile.html").read_text()
     for text in ("Step time by phase", "Peak memory by kind", "FLOPs per token", "trace-rank0.json.gz", "MFU"):
         assert text in page, text
-    assert "http" not in page  # nothing is fetched
-    assert not (tmp_path / "p" / "config.yaml").exists()  # the run of that name was not begun
+    assert "http://" not in page and "https://" not in page  # nothing is fetched
+    look_at(out / "profile.html", tmp_path / "profile.png")
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["profile"]  # the run of that name was not begun
     assert not (out / "scratch").exists()
 
     from mlflow.tracking import MlflowClient
@@ -82,6 +109,15 @@ def test_one_rank(prepared_tiny: Path, tmp_path: Path) -> None:
     run = client.get_run((out / "mlflow_run_id").read_text().strip())
     assert run.data.metrics["profile/tokens_per_second"] == pytest.approx(profile["tokens_per_second"])
     assert run.info.status == "FINISHED"
+    assert run.data.params["train.steps"] == "20" and run.data.params["profile.measured"] == "10"
+    assert run.data.tags["mlflow.source.name"] == "megamem profile"
+
+    # Another profile in the same directory is another run, with settings of its own.
+    again = load_config(out, ["train.global_batch_size=8", f"runs_dir={tmp_path}"])
+    publish(profile, again, out)
+    second = client.get_run((out / "mlflow_run_id").read_text().strip())
+    assert second.info.run_id != run.info.run_id and second.info.status == "FINISHED"
+    assert second.data.params["train.global_batch_size"] == "8" and run.data.params["train.global_batch_size"] == "4"
 
 
 def test_two_stages(prepared_tiny: Path, tmp_path: Path) -> None:
@@ -132,6 +168,9 @@ def test_a_sweep_says_why_a_layout_is_refused(prepared_tiny: Path, tmp_path: Pat
         (["--sweep", "nothing.yaml"], "no sweep at nothing.yaml"),
         (["--sweep", "train.micro_batch_size="], "write SETTING=VALUE"),
         (["--nsys"], "no `nsys` is on PATH"),
+        (["--nsys", "--sweep", "train.micro_batch_size=1,2"], "--nsys looks at one configuration"),
+        (["--overhead", "--sweep", "train.micro_batch_size=1,2"], "--overhead looks at one configuration"),
+        (["--cluster", str(TINY.parent / "clusters" / "cpu.yaml")], "has no hardware.peak_tflops_fp32"),
     ],
 )
 def test_what_a_user_gets_wrong(

@@ -53,7 +53,7 @@ def test_save_then_stop_then_go_on(prepared_tiny: Path, tmp_path: Path) -> None:
     wait_until(lambda: journal.exists() and '"kind":"step"' in journal.read_text(), process, "the first step")
     (run / "SAVE").touch()
     wait_until(lambda: '"event":"checkpoint"' in journal.read_text(), process, "the save")
-    assert not (run / "SAVE").exists()
+    wait_until(lambda: not (run / "SAVE").exists(), process, "the removal of SAVE")
     (run / "STOP").touch()
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output

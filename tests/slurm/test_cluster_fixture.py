@@ -88,13 +88,14 @@ def test_power_loss_requeues_onto_what_is_left(cluster: SlurmCluster) -> None:
     cluster.wait(lambda: cluster.node_state(lost) == "IDLE", lost)
 
 
-def test_lost_slurmd_that_comes_back_leaves_its_job_alone(cluster: SlurmCluster) -> None:
-    job = cluster.sbatch("sleep 2; echo done", "--nodes=1")
-    cluster.wait(lambda: cluster.job_processes() != [], "the job")
+def test_lost_slurmd_that_comes_back_leaves_its_job_alone(cluster: SlurmCluster, folder: Path) -> None:
+    job = cluster.sbatch(f"until [ -e {folder}/go ]; do sleep 0.1; done; echo done", "--nodes=1")
+    cluster.wait(lambda: any(p.name == "sleep" for p in cluster.job_processes()), "the job")
     node = cluster.job(job)["NodeList"]
     cluster.kill_slurmd(node)
-    assert any(p.name == "sleep" for p in cluster.node_processes(node))
+    cluster.wait(lambda: any(p.name == "sleep" for p in cluster.node_processes(node)), "the job without its daemon")
     cluster.start_node(node)
+    (folder / "go").touch()
     assert cluster.wait_state(job, {"COMPLETED"}).get("Restarts") == "0"
     assert cluster.output(job) == "done\n"
 

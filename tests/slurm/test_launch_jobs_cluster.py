@@ -59,6 +59,18 @@ def record(run_dir: Path, number: str, kind: str = "run") -> None:
     rundir.append_json(rundir.jobs_file(run_dir), line)
 
 
+def begin_to_train(run_dir: Path, incarnation: str) -> None:
+    """What a supervisor and a rank write when they begin."""
+    job, restart, attempt = incarnation.split(".")
+    line = {"time": 1.0, "incarnation": incarnation, "event": "start", "job_id": job, "restart": int(restart)}
+    rundir.append_json(
+        rundir.incarnations_file(run_dir), line | {"attempt": int(attempt), "nodes": ["node1", "node2"], "step": 0}
+    )
+    beat = {"beat": 1, "rank": 0, "host": "node1", "pid": 1, "start_tick": 1, "time": 1.0, "step": 1, "end": 1}
+    beat |= {"first_step": 1, "phase": "forward", "sequence": 9, "idle_seconds": 0.0, "seconds": {}}
+    rundir.write_json(rundir.live_dir(run_dir, incarnation) / "rank-00000.json", beat)
+
+
 def status(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     capsys.readouterr()
     assert launch_jobs.main("status", [str(run_dir), "--json"]) == 0
@@ -81,6 +93,9 @@ def test_chain_requeued_then_cancelled(
     seen = status(run_dir, capsys)
     assert seen["state"] == "starting" and len(seen["nodes"]) == 2
     assert seen["jobs"][1]["why"] == f"it starts when job {first} has ended"
+    with pytest.raises(LaunchError, match="has not begun to train"):
+        launch_jobs.main("requeue", [str(run_dir)])
+    begin_to_train(run_dir, f"{first}.0.0")
     assert launch_jobs.main("requeue", [str(run_dir)]) == 0  # the signal reaches the script, which requeues itself
     assert "asked to save" in capsys.readouterr().out
     cluster.wait_state(int(first), {"PENDING"})
@@ -92,7 +107,7 @@ def test_chain_requeued_then_cancelled(
     cluster.wait_state(int(first), {"RUNNING"})
     assert launch_jobs.main("requeue", [str(run_dir), "--now"]) == 0
     cluster.wait(lambda: status(run_dir, capsys)["requeues"] == 2, "the second requeue")
-    assert launch_jobs.main("logs", [str(run_dir)]) == 0
+    assert launch_jobs.main("logs", [str(run_dir), "--job"]) == 0
     assert f"job {first} | start 1" in capsys.readouterr().out
     assert launch_jobs.main("cancel", [str(run_dir)]) == 0
     printed = capsys.readouterr().out

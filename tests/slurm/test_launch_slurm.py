@@ -15,9 +15,12 @@ import yaml
 from megamem.errors import ConfigError, LaunchError, MegamemError
 from megamem.testing.slurm_cluster import SlurmCluster
 from megamem_data.prepared import PreparedData
-from megamem_launch.cluster import load_cluster
+from megamem_launch.cluster import Cluster, load_cluster
 from megamem_launch.config import load_config
 from megamem_launch.rundir import cancelled_file, finished_file, jobs_file, read_json, read_lines, write_json
+from megamem_launch.slurm import submit
+from megamem_launch.slurm.scheduler import Slurm
+from megamem_launch.slurm.status import read_status
 from megamem_launch.verbs import launch
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
@@ -27,6 +30,7 @@ echo "begin $SLURM_JOB_ID $(date +%s.%N)" >> "$3/../trace"
 env > "$3/env"
 printf '%s\\n' "$PWD" "$@" > "$3/arguments"
 sleep 0.6
+while [ -e hold ]; do sleep 0.1; done
 echo "end $SLURM_JOB_ID $(date +%s.%N)" >> "$3/../trace"
 """
 
@@ -149,17 +153,20 @@ def test_the_job_gets_what_was_kept_and_nothing_of_another_job(
         and kept["world_size"] == 4
         and kept["overrides"] == ["data.path=data", "name=x", "train.steps=7"]
     )
-    assert load_config(kept["config"]).train.steps == 7 and load_config(kept["config"]).run_dir == run_dir
-    assert load_cluster(kept["cluster"]).slurm.signal_seconds == 30
+    config = load_config(folder / "config.yaml")
+    assert config.train.steps == 7 and config.run_dir == run_dir == Path(kept["run_dir"])
+    assert load_cluster(folder / "cluster.yaml").slurm.signal_seconds == 30
     assert list((run_dir / "launch" / "logs").glob("slurm-*.log"))
 
 
 def test_a_run_has_one_job_at_a_time_and_none_when_finished(account: Account) -> None:
     run_dir = account.home / "runs" / "x"
+    (account.home / "hold").touch()
     account.launch()
     (job,) = account.jobs(run_dir)
     with pytest.raises(LaunchError, match=rf"already has jobs: {job} .*megamem launch cancel {run_dir}"):
         account.launch()
+    (account.home / "hold").unlink()
     account.finish(job)
     write_json(finished_file(run_dir), {"step": 1000, "time": 0.0})
     with pytest.raises(LaunchError, match=r"has trained 1000 of train\.steps=20 steps; raise train\.steps"):
@@ -196,6 +203,36 @@ def test_the_next_of_a_chain_comes_when_one_fails(account: Account) -> None:
     jobs = account.jobs(account.home / "runs" / "x")
     for job in jobs:
         account.cluster.wait_state(job, {"FAILED"})
+
+
+def test_a_directory_that_nodes_do_not_see_is_named(account: Account) -> None:
+    account.launch()
+    run_dir = account.home / "runs" / "x"
+    account.finish(*account.jobs(run_dir))
+    script = run_dir / "launch" / "submission-1" / "script.sbatch"
+    script.write_text(script.read_text().replace("/launch/logs/slurm-", "/not/here/slurm-"))
+    assert launch.main(["requeue", str(run_dir)]) == 0
+    account.cluster.wait_state(account.jobs(run_dir)[-1], {"FAILED"})
+    status = read_status(run_dir, Slurm())
+    assert status.state == "failed" and "set runs_dir to a path that all nodes share" in status.why
+
+
+def test_a_chain_that_is_refused_midway_leaves_nothing(account: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files(account.home)
+    calls: list[str] = []
+
+    def refuse_third(script: Path, cluster: Cluster, options: list[str]) -> str:
+        if len(calls) == 2:
+            raise LaunchError("refused")
+        calls.append(submit_one(script, cluster, options))
+        return calls[-1]
+
+    submit_one = submit._submit_one
+    monkeypatch.setattr(submit, "_submit_one", refuse_third)
+    with pytest.raises(LaunchError, match="refused"):
+        account.launch("--chain", "3")
+    assert len(calls) == 2 and files(account.home) == before
+    account.cluster.wait(lambda: account.waiting() == "", "an empty queue")
 
 
 def test_points_of_a_sweep_are_tasks_of_one_array(account: Account) -> None:
@@ -262,14 +299,17 @@ def test_data_is_prepared_by_an_array(account: Account) -> None:
     ]
     account.describe(python=sys.executable, environment={"OMP_NUM_THREADS": "1"})
     arguments = ["data", str(CONFIG), "data.path=prepared", *settings, "--cluster", "cluster.yaml", "--shards", "2"]
-    assert launch.main(arguments) == 0
     root = account.home / "prepared.parts"
+    write_json(cancelled_file(root), {"time": 0.0})  # of an attempt before
+    assert launch.main([*arguments, "--strict"]) == 0
+    assert not cancelled_file(root).exists()
     jobs = account.jobs(root)
     assert len(jobs) == 3
     for job in (jobs[0], jobs[2]):  # the one between them is an array
         account.cluster.wait_state(job, {"COMPLETED"}, timeout=140)
     data = PreparedData.open(account.home / "prepared", verify=True)
-    assert data.manifest.documents == 6
+    assert data.manifest.documents == 6 and data.manifest.request["strict"] is True
+    assert read_status(root, Slurm()).state == "finished"
     assert [path.name for path in root.iterdir()] == ["launch"]
     with pytest.raises(LaunchError, match="exists already"):
         launch.main(arguments)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,7 +159,18 @@ def prepared_quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def slurm_cluster() -> Iterator[SlurmCluster]:
+    """As that of the other tests, without GPUs: SLURM 22.05 loses count of those of an exclusive job whose node was lost
+    ("bad node_offset" in its log), and then refuses every further exclusive job."""
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-") as folder,
+        SlurmCluster.start(Path(folder), nodes=3, gpus=0) as started,
+    ):
+        yield started
+
+
+@pytest.fixture(scope="module")
 def undisturbed(
     slurm_cluster: SlurmCluster, prepared_quickstart: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[int, float, float]]:
@@ -238,11 +250,11 @@ SCENARIOS = {
     "time limit": Scenario(time_limit, ("time_limit",), saves=True, slow=False),
     "preemption": Scenario(preemption, ("preempted",), saves=True, slurm=(("partition", "low"),)),
     "requeue": Scenario(requeue, ("preempted",), slurm=(("mode", "srun"),)),
-    "node set down": Scenario(node_set_down, ("",)),
-    "power loss": Scenario(power_loss, ("node_failure",), excludes=True, slow=False),
+    "node set down": Scenario(node_set_down, ("",), slow=False),
+    "power loss": Scenario(power_loss, ("node_failure",), excludes=True),
     "power loss of the supervisor": Scenario(power_loss_of_supervisor, ("",)),
     "power loss, srun": Scenario(power_loss, ("node_failure",), excludes=True, slurm=(("mode", "srun"),)),
-    "slurmd restarted": Scenario(slurmd_restarted, (), slow=False),
+    "slurmd restarted": Scenario(slurmd_restarted, ()),
     "slurmd lost": Scenario(slurmd_lost, ("",)),
 }
 
@@ -278,13 +290,9 @@ def test_disturbed_run_ends_like_the_undisturbed_one(
 
 @pytest.mark.parametrize("how", ["megamem launch cancel", pytest.param("scancel", marks=pytest.mark.slow)])
 def test_cancelled_run_stays_cancelled(
-    how: str,
-    cluster: SlurmCluster,
-    prepared_quickstart: Path,
-    undisturbed: list[tuple[int, float, float]],
-    tmp_path: Path,
+    how: str, cluster: SlurmCluster, prepared_quickstart: Path, tmp_path: Path
 ) -> None:
-    run = Run(cluster, tmp_path / "runs", prepared_quickstart)
+    run = Run(cluster, tmp_path / "runs", prepared_quickstart, steps=200)
     run.wait_step(INTERVAL + 1)
     if how == "scancel":
         cluster.run(["scancel", str(run.job)])
@@ -293,11 +301,11 @@ def test_cancelled_run_stays_cancelled(
         assert cancelled_file(run.dir).exists()
     run.wait_end("CANCELLED")
     cluster.wait(lambda: not cluster.job_processes(), "the end of all processes of the job", 30)
+    reached = run.step()
     time.sleep(3)
     assert cluster.job(run.job)["JobState"] == "CANCELLED", "it came back to life"
-    assert not finished_file(run.dir).exists()
+    assert run.step() == reached < run.steps and not finished_file(run.dir).exists()
     assert run.outcomes() in ([], ["cancelled"])
-    assert run.losses() == undisturbed[: len(run.losses())]
 
 
 def test_warning_at_the_very_start_does_not_fail_the_job(

@@ -68,10 +68,12 @@ def main(argv: list[str]) -> int:
 
 def measure(most: int, disk: Path) -> HardwareConfig:
     """The ``hardware`` section of this machine, with ceilings for 1, 2, 4, ... ranks up to ``most``."""
-    hardware = local_hardware()
+    hardware = local_hardware(disk)
     cores = len(os.sched_getaffinity(0))
     devices = _devices() if hardware.on_gpu else 2 * cores
-    most = min(most, devices) or devices
+    if hardware.on_gpu and most > devices:
+        raise ConfigError(f"--nproc is {most} and this machine has {devices} GPUs; set at most as many")
+    most = most or devices
     counts = sorted({1, *(2**i for i in range(1, 12) if 2**i <= most), most})
     found = [_run(ranks, max(1, cores // ranks), disk) for ranks in counts]
     # Where a machine has no rank for every core, what several with one thread each get is not what one with all of them gets.
@@ -98,7 +100,8 @@ def _run(ranks: int, threads: int, disk: Path) -> dict[str, Any]:
         file = Path(folder) / "found.json"
         failure = run_ranks(ranks, "megamem_launch.plan.probes", [str(file), str(disk)])
         if failure is not None:
-            raise ConfigError(f"measuring with {ranks} ranks failed ({failure.text}); set --nproc to fewer")
+            why = f": {failure.text}" if failure.text else ""  # else a rank has said it
+            raise ConfigError(f"measuring with {ranks} ranks failed{why}; set --nproc to fewer")
         return _rounded(json.loads(file.read_text(encoding="utf-8")))
 
 

@@ -22,13 +22,14 @@ class RankCeilings:
     matmul_tflops_fp32: dict[str, float] = field(default_factory=dict)
     """TFLOP/s of ``[n, k] x [k, k]`` in fp32, by ``n``, for matrices of some MiB."""
     matmul_tflops_bf16: dict[str, float] = field(default_factory=dict)
-    """The same in bf16."""
+    """The same in bf16. One of the two must be there: that of the precision that is planned."""
     attention_tflops: float = 0.0
     """TFLOP/s of the core attention, forward and backward, masked scores counted; 0: as large products."""
     elementwise_gb_per_s: dict[str, float] = field(default_factory=dict)
     """GB/s read and written by an element-wise operation that allocates its result, by MiB of the result."""
     copy_gb_per_s: float = 0.0
-    """GB/s read and written by a copy between large arrays that exist: what optimizers and buckets run at."""
+    """GB/s read and written by a copy between large arrays that exist: what optimizers and buckets run at, and what other rates
+    of memory are taken to be where they are 0. Must be set."""
     gather_gb_per_s: float = 0.0
     """GB/s of rows copied out of a large host table in random order, 512 bytes each."""
     row_update_gb_per_s: float = 0.0
@@ -40,6 +41,19 @@ class RankCeilings:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "ranks", "threads")
+        above_zero(self, "copy_gb_per_s")
+        rates = (
+            "attention_tflops",
+            "gather_gb_per_s",
+            "row_update_gb_per_s",
+            "layer_overhead_ms",
+            "expert_overhead_ms",
+        )
+        at_least(self, 0, *rates)
+        if not (self.matmul_tflops_fp32 or self.matmul_tflops_bf16):
+            raise ConfigError(
+                "matmul_tflops_fp32 and matmul_tflops_bf16 are empty; set the one that training computes in"
+            )
         for name in ("matmul_tflops_fp32", "matmul_tflops_bf16", "elementwise_gb_per_s"):
             for size, rate in getattr(self, name).items():
                 if not size.isdecimal() or rate <= 0:

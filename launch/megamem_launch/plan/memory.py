@@ -14,6 +14,7 @@ to the system at once, and keeps smaller ones, scattered, for later: there the p
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from megamem_checkpoints.owned import index_bytes
 from megamem_kernels.formats import row_fields
 from megamem_launch.config import RunConfig
 from megamem_launch.plan.hardware import HardwareConfig
-from megamem_launch.plan.parameters import Parameter, buffer_elements, stage_parameters
+from megamem_launch.plan.parameters import Parameter, StageShapes, buffer_elements
 
 _FP32 = 4
 _BUCKET_ELEMENTS = 1 << 24
@@ -71,7 +72,7 @@ class _Table:
         return self.held
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Group:
     """Parameters that ZeRO keeps in one flat tensor, on one rank."""
 
@@ -79,7 +80,7 @@ class _Group:
     shards: int
     shard: int
 
-    @property
+    @functools.cached_property
     def flat(self) -> int:
         """Elements with padding."""
         unit = _ALIGNMENT * self.shards
@@ -153,15 +154,25 @@ def plan_memory(
     *,
     tables: Sequence[TableSpec],
     ranks: Sequence[int] | None = None,
+    shapes: StageShapes | None = None,
 ) -> list[RankMemory]:
     """Memory of ``ranks``; None for the first rank of every stage, which no other rank of the stage exceeds by more than the
-    parameters that a partition cuts. ``tables``: of the model, from :func:`model_tables`."""
+    parameters that a partition cuts. ``tables``: of the model, from :func:`model_tables`; ``shapes``: likewise, where a caller has
+    them."""
     if ranks is None:
         ranks = [layout.rank(pp=stage) for stage in range(layout.pp)]
-    work = work_of(config, layout, hardware)
+    work, shapes = work_of(config, layout, hardware), shapes or StageShapes(config.model, config.memory)
     places = [layout.coordinates(rank) for rank in ranks]
     return [
-        _plan_rank(config, layout, hardware, work, place, stage_tables(tables, config, layout, place.pp))
+        _plan_rank(
+            config,
+            layout,
+            hardware,
+            work,
+            place,
+            shapes.of(layout, place.pp),
+            stage_tables(tables, config, layout, place.pp),
+        )
         for place in places
     ]
 
@@ -172,10 +183,10 @@ def _plan_rank(
     hardware: HardwareConfig,
     work: Work,
     place: Coordinates,
+    parameters: Sequence[Parameter],
     specs: Sequence[TableSpec],
 ) -> RankMemory:
     near = "device" if hardware.on_gpu else "host"
-    parameters = stage_parameters(config.model, config.memory, layout, place.pp)
     groups = _zero_groups(parameters, config, layout, place)
     owned = _owned_tables(config, layout, hardware, place, specs)
     held = account(

@@ -5,6 +5,7 @@ Names and order are those of ``named_parameters()`` of the built model, since Ze
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from megamem.models.config import ModelConfig
 from megamem.parallel.layout import Layout
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Parameter:
     """A tensor as one rank holds it."""
 
@@ -28,7 +29,7 @@ class Parameter:
     spread: bool = False
     """Whether expert parallelism distributes it: its replicas are not those of other parameters."""
 
-    @property
+    @functools.cached_property
     def elements(self) -> int:
         """How many numbers it has here."""
         return math.prod(self.shape)
@@ -49,6 +50,21 @@ def stage_parameters(model: ModelConfig, memory: MemoryConfig, layout: Layout, s
     return [
         parameter for chunk in range(layout.vpp) for parameter in _chunk_parameters(model, memory, layout, stage, chunk)
     ]
+
+
+class StageShapes:
+    """:func:`stage_parameters` of one model, worked out once for each layout and stage."""
+
+    def __init__(self, model: ModelConfig, memory: MemoryConfig) -> None:
+        self._model, self._memory = model, memory
+        self._known: dict[tuple[Layout, int], list[Parameter]] = {}
+
+    def of(self, layout: Layout, stage: int) -> list[Parameter]:
+        """What every rank of ``stage`` holds."""
+        key = layout, stage
+        if key not in self._known:
+            self._known[key] = stage_parameters(self._model, self._memory, layout, stage)
+        return self._known[key]
 
 
 def buffer_elements(model: ModelConfig, layout: Layout, stage: int) -> int:

@@ -29,12 +29,12 @@ from megamem.memory.table import OwnedTable
 from megamem.models.config import ModelConfig, MoEConfig
 from megamem.models.gpt import build_model
 from megamem.observe.accounting import Work, activation_bytes
+from megamem.observe.memory import peak_rss, rss
 from megamem.observe.wire import sent_bytes
 from megamem.parallel import groups as parallel_groups
 from megamem.parallel.layout import Layout
 from megamem_kernels.parallel import set_threads
 from megamem_launch.plan.parameters import stage_parameters
-from megamem_launch.plan.rank import peak_resident_bytes, resident_bytes
 
 MATMUL_ROWS = (16, 64, 256, 1024)
 _MATMUL_WIDTH = 1024
@@ -47,7 +47,7 @@ _MESSAGES = (1 << 14, 1 << 24)
 
 def measure(device: torch.device, disk: Path) -> dict[str, Any]:
     """All ceilings; the same on every rank. Collective over the world."""
-    process = resident_bytes()
+    process = rss()
     layer, expert = _overheads(device)
     compute: dict[str, Any] = {
         "ranks": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
@@ -55,16 +55,16 @@ def measure(device: torch.device, disk: Path) -> dict[str, Any]:
         "layer_overhead_ms": 1e3 * layer,
         "expert_overhead_ms": 1e3 * expert,
     }
-    after_layers = resident_bytes()
+    after_layers = rss()
     for name, dtype in (("matmul_tflops_fp32", torch.float32), ("matmul_tflops_bf16", torch.bfloat16)):
         compute[name] = {str(rows): _matmul(rows, dtype, device) for rows in MATMUL_ROWS}
     fragmentation = _fragmentation(device)
     compute["attention_tflops"] = _attention(device)
     compute["elementwise_gb_per_s"] = {str(mib): _elementwise(mib, device) for mib in _ELEMENTWISE_MIB}
     compute["copy_gb_per_s"] = _copy(device)
-    before_kernels = resident_bytes()
+    before_kernels = rss()
     gather, update = _rows()
-    kernels = resident_bytes() - before_kernels
+    kernels = rss() - before_kernels
     compute["gather_gb_per_s"], compute["row_update_gb_per_s"] = gather, update
     ranks = dist.get_world_size()
     collectives = [_collective(name, device) for name in _COLLECTIVES] if ranks > 1 else []
@@ -227,7 +227,7 @@ def _fragmentation(device: torch.device) -> float:
 
 def _reserved(device: torch.device) -> int:
     """Bytes that the allocator had of the system at most."""
-    return torch.cuda.max_memory_reserved() if device.type == "cuda" else peak_resident_bytes()
+    return torch.cuda.max_memory_reserved() if device.type == "cuda" else peak_rss()
 
 
 def _collective(name: str, device: torch.device) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megamem.files import write_text
+from megamem.observe.memory import peak_rss, rss
 from megamem.observe.phases import phases
 from megamem.parallel import groups as parallel_groups
 from megamem_launch.accounting import account_memory
@@ -34,28 +35,11 @@ class _Steps:
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self.seconds.append(metrics["step_seconds"])
         self.metrics = metrics
-        self.peak = peak_resident_bytes()
+        self.peak = peak_rss()
 
     def evaluation(self, step: int, loss: float, *, blocked: bool) -> None: ...
 
     def event(self, name: str, step: int, text: str) -> None: ...
-
-
-def peak_resident_bytes() -> int:
-    """The most resident memory that this process ever had: ``VmHWM``, pages of its libraries' files included."""
-    return _status("VmHWM")
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process now: ``VmRSS``."""
-    return _status("VmRSS")
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {name}")
 
 
 def main(argv: list[str]) -> int:
@@ -69,9 +53,9 @@ def main(argv: list[str]) -> int:
     try:
         layout = validate(config, dist.get_world_size())
         groups = parallel_groups.initialize(layout, seed=config.train.seed)
-        started = resident_bytes()
+        started = rss()
         with contextlib.closing(build_parts(config, data, groups)) as parts:
-            built = peak_resident_bytes()
+            built = peak_rss()
             account = account_memory(parts)
             trainer = make_trainer(parts, observer, lambda step: None)
             trainer.run()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megamem.errors import ConfigError
-from megamem.memory.spec import TableSpec
 from megamem.observe.accounting import PLACES
 from megamem.observe.flops import training_flops
 from megamem.observe.progress import format_bytes
@@ -15,7 +14,9 @@ from megamem.parallel.layout import Layout
 from megamem_launch.cluster import Cluster
 from megamem_launch.config import RunConfig
 from megamem_launch.plan.memory import RankMemory, model_tables, plan_memory, precision_on, stage_tables, work_of
-from megamem_launch.plan.time import Machine, StepTime, plan_time
+from megamem_launch.plan.parameters import StageShapes
+from megamem_launch.plan.rates import Machine
+from megamem_launch.plan.time import StepTime, plan_time
 from megamem_launch.plan.traffic import plan_traffic
 from megamem_launch.validate import validate
 
@@ -58,7 +59,7 @@ class Plan:
 
     @property
     def settings(self) -> list[str]:
-        """The settings that :func:`candidates` varies, as overrides of the command line."""
+        """The settings that :meth:`Planner.candidates` varies, as overrides of the command line."""
         return [f"{name}={_plain(value)}" for name in _VARIED if (value := _get(self.config, name)) is not None]
 
     @property
@@ -77,74 +78,96 @@ class Plan:
         return self.tokens_per_second * self.flops_per_token / (self.world_size * peak_tflops * 1e12)
 
 
-def plan(config: RunConfig, cluster: Cluster, *, cores: int = 0, known: Sequence[TableSpec] | None = None) -> Plan:
-    """Plan ``config`` on all ranks of ``cluster``; ``cores`` of a node where they are fewer than its ranks. ``known``: the tables
-    of the model, where a caller has them from :func:`~megamem_launch.plan.memory.model_tables`.
+class Planner:
+    """Plans layouts of one model on one cluster; what no layout changes is worked out once.
+
+    Args:
+        config: ``model.vocab_size`` must be set.
+        cluster: All of whose ranks are used.
+        cores: Of a node, where they are fewer than its ranks; 0 for ``cluster.cpus_per_node``.
 
     Raises:
-        ConfigError: the layout does not fit the model or the number of ranks, or ``model.vocab_size`` is not known.
+        ConfigError: the size of the vocabulary is not known, or ceilings lack the precision that is trained in.
     """
-    if not config.model.vocab_size:
-        raise ConfigError(
-            "model.vocab_size is 0, and no prepared data says how large the vocabulary is; set it, or data.path"
-        )
-    layout = validate(config, cluster.world_size)
-    hardware, stages = cluster.hardware, range(layout.pp)
-    known = model_tables(config) if known is None else known
-    ranks = plan_memory(config, layout, hardware, tables=known)
-    work = work_of(config, layout, hardware)
-    tables = [stage_tables(known, config, layout, stage) for stage in stages]
-    traffic = [plan_traffic(config, layout, work, stage, tables[stage]) for stage in stages]
-    time = None
-    if hardware.ceilings.compute:
-        machine = Machine(
-            hardware,
-            ranks=cluster.ranks_per_node,
-            cores=cores or cluster.cpus_per_node,
-            precision=precision_on(config, hardware),
-            nodes=cluster.nodes,
-        )
-        time = plan_time(config, layout, work, machine, tables=tables, traffic=traffic)
-    return Plan(
-        config=config,
-        layout=layout,
-        ranks=ranks,
-        traffic=traffic,
-        time=time,
-        refusals=list(_refusals(ranks, layout, cluster)),
-        flops_per_token=training_flops(config.model, config.memory, config.data.seq_length),
-        world_size=cluster.world_size,
-    )
 
+    def __init__(self, config: RunConfig, cluster: Cluster, *, cores: int = 0) -> None:
+        if not config.model.vocab_size:
+            raise ConfigError(
+                "model.vocab_size is 0, and no prepared data says how large the vocabulary is; set it, or data.path"
+            )
+        self._config, self._cluster = config, cluster
+        self._tables = model_tables(config)
+        self._shapes = StageShapes(config.model, config.memory)
+        self._machine: Machine | None = None
+        if cluster.hardware.ceilings.compute:
+            self._machine = Machine(
+                cluster.hardware,
+                ranks=cluster.ranks_per_node,
+                cores=cores or cluster.cpus_per_node,
+                precision=precision_on(config, cluster.hardware),
+                nodes=cluster.nodes,
+            )
 
-def candidates(config: RunConfig, cluster: Cluster, *, cores: int = 0) -> Iterator[Plan]:
-    """Plans of all layouts that the model and the ranks allow, as the global batch stays what it is. Tensor, context and expert
-    parallelism stay within a node, where their collectives are cheap enough to stand in the way of every layer."""
-    world, node = cluster.world_size, cluster.ranks_per_node
-    heads, known = config.model.num_attention_heads, model_tables(config)
-    for tp in _divisors(min(node, heads)):
-        for cp in _divisors(node // tp):
-            for pp in _divisors(world // (tp * cp)):
-                if pp > config.model.num_layers:
-                    continue
-                for values in _inner(config, cluster, tp, cp, pp):
-                    changed = copy.deepcopy(config)
-                    for name, value in values.items():
-                        _set(changed, name, value)
-                    try:
-                        yield plan(changed, cluster, cores=cores, known=known)
-                    except ConfigError:
+    def plan(self, config: RunConfig, layout: Layout, *, time_misfits: bool = True) -> Plan:
+        """Plan the model in the layout that :func:`validate` gave for ``config``. Unless ``time_misfits``, what does not fit gets
+        neither traffic nor time."""
+        cluster, hardware, stages = self._cluster, self._cluster.hardware, range(layout.pp)
+        ranks = plan_memory(config, layout, hardware, tables=self._tables, shapes=self._shapes)
+        refusals = list(_refusals(ranks, layout, cluster))
+        traffic: list[dict[str, float]] = []
+        time = None
+        if time_misfits or not refusals:
+            work = work_of(config, layout, hardware)
+            tables = [stage_tables(self._tables, config, layout, stage) for stage in stages]
+            parameters = [self._shapes.of(layout, stage) for stage in stages]
+            traffic = [plan_traffic(config, layout, work, s, tables[s], parameters[s]) for s in stages]
+            if self._machine is not None:
+                time = plan_time(
+                    config, layout, work, self._machine, tables=tables, traffic=traffic, parameters=parameters
+                )
+        return Plan(
+            config=config,
+            layout=layout,
+            ranks=ranks,
+            traffic=traffic,
+            time=time,
+            refusals=refusals,
+            flops_per_token=training_flops(config.model, config.memory, config.data.seq_length),
+            world_size=cluster.world_size,
+        )
+
+    def candidates(self) -> Iterator[Plan]:
+        """Plans of all layouts that the model and the ranks allow, as the global batch stays what it is. Tensor, context and expert
+        parallelism stay within a node, where their collectives are cheap enough to stand in the way of every layer."""
+        config, cluster = self._config, self._cluster
+        world, node = cluster.world_size, cluster.ranks_per_node
+        for tp in _divisors(min(node, config.model.num_attention_heads)):
+            for cp in _divisors(node // tp):
+                for pp in _divisors(world // (tp * cp)):
+                    if pp > config.model.num_layers:
                         continue
+                    for values in _inner(config, cluster, tp, cp, pp):
+                        changed = _with(config, values)
+                        try:
+                            layout = validate(changed, world)
+                        except ConfigError:
+                            continue
+                        yield self.plan(changed, layout, time_misfits=False)
+
+    def best(self, count: int) -> tuple[list[Plan], int]:
+        """The ``count`` fastest layouts that fit (without ceilings, the smallest), and how many were looked at. Of equally fast
+        ones those that leave more memory come first."""
+        near = "device" if self._cluster.hardware.on_gpu else "host"
+        plans = list(self.candidates())
+        fitting = [one for one in plans if one.fits]
+        fitting.sort(key=lambda one: (-round(one.tokens_per_second, 3), one.peak(near)))
+        return fitting[:count], len(plans)
 
 
-def best(config: RunConfig, cluster: Cluster, count: int, *, cores: int = 0) -> tuple[list[Plan], int]:
-    """The ``count`` fastest layouts that fit, and how many were looked at. Of equally fast ones those that leave more memory come
-    first."""
-    near = "device" if cluster.hardware.on_gpu else "host"
-    plans = list(candidates(config, cluster, cores=cores))
-    fitting = [one for one in plans if one.fits]
-    fitting.sort(key=lambda one: (-round(one.tokens_per_second, 3), one.peak(near)))
-    return fitting[:count], len(plans)
+def plan(config: RunConfig, cluster: Cluster, *, cores: int = 0) -> Plan:
+    """Plan ``config`` on all ranks of ``cluster``, see :class:`Planner`; ConfigError also for a layout that does not fit the
+    model or the number of ranks."""
+    return Planner(config, cluster, cores=cores).plan(config, validate(config, cluster.world_size))
 
 
 def _inner(config: RunConfig, cluster: Cluster, tp: int, cp: int, pp: int) -> Iterator[dict[str, object]]:
@@ -193,7 +216,7 @@ def _refusals(ranks: Sequence[RankMemory], layout: Layout, cluster: Cluster) -> 
             yield (
                 (
                     f"{whose} want {format_bytes(wanted)} of {place} memory, of which {part.rpartition('_')[0]} take "
-                    f"{format_bytes(share)}, and {name} allows {limit:,.1f} GiB"
+                    f"{format_bytes(share)}, and {name} allows {format_bytes(limit * _GIB)}"
                 )
                 .replace("rank of stage 0 want", "rank of stage 0 wants")
                 .replace("disk memory", "disk")
@@ -209,9 +232,15 @@ def _get(config: RunConfig, name: str) -> object:
     return getattr(getattr(config, section), field)
 
 
-def _set(config: RunConfig, name: str, value: object) -> None:
-    section, _, field = name.partition(".")
-    setattr(getattr(config, section), field, value)
+def _with(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
+    """``config`` with other values; sections without any are shared."""
+    changed = copy.copy(config)
+    for name in {name.partition(".")[0] for name in values}:
+        setattr(changed, name, copy.copy(getattr(config, name)))
+    for name, value in values.items():
+        section, _, field = name.partition(".")
+        setattr(getattr(changed, section), field, value)
+    return changed
 
 
 def _plain(value: object) -> str:

@@ -14,12 +14,10 @@ compute. Nothing is fitted to a layout. How the parts of a step combine is what 
 
 from __future__ import annotations
 
-import itertools
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megamem.errors import ConfigError
 from megamem.memory.optimizers import build_row_optimizer
 from megamem.memory.spec import TOUCHED, TableSpec
 from megamem.memory.tiers.base import record_bytes
@@ -28,11 +26,10 @@ from megamem.observe.flops import core_flops
 from megamem.parallel.layout import Layout
 from megamem_kernels.formats import row_fields
 from megamem_launch.config import RunConfig
-from megamem_launch.plan.hardware import CollectiveCeilings, HardwareConfig, RankCeilings
-from megamem_launch.plan.parameters import Parameter, stage_parameters
+from megamem_launch.plan.parameters import Parameter
+from megamem_launch.plan.rates import Machine
 
 _FP32 = 4
-_GIGA, _TERA, _MIB = 1e9, 1e12, 2**20
 
 # Elements read and written per element of a part, forward and backward, counted in the code of megatron-core's CPU path and ours.
 _NORM = (7, 14)
@@ -68,121 +65,6 @@ class StepTime:
         return self.tokens / self.seconds
 
 
-class Machine:
-    """Rates of one rank of a node.
-
-    Args:
-        hardware: Must have ``ceilings.compute``.
-        ranks: Of a node.
-        cores: Of a node, which its ranks share where they compute on CPUs.
-        precision: Of products.
-        nodes: Of the cluster.
-    """
-
-    def __init__(self, hardware: HardwareConfig, *, ranks: int, cores: int, precision: str, nodes: int = 1) -> None:
-        if not hardware.ceilings.compute:
-            raise ConfigError(
-                "the hardware has no ceilings, from which time is estimated; run `megamem profile --ceilings --out FILE` there "
-                "and paste its hardware section into the cluster file"
-            )
-        self.hardware, self.ranks, self.nodes = hardware, ranks, nodes
-        entries = sorted(hardware.ceilings.compute, key=lambda entry: entry.ranks)
-        entry = next((entry for entry in entries if entry.ranks >= ranks), entries[-1])
-        threads = 1 if hardware.on_gpu else max(1, cores // ranks)
-        self.crowding = 1.0 if hardware.on_gpu else max(1.0, ranks * threads / cores)
-        """Ranks that share one core."""
-        crowded = 1.0 if hardware.on_gpu else max(1.0, entry.ranks * entry.threads / cores)
-        self._entry = entry
-        self._alone = crowded * hardware.ceilings.efficiency
-        """What a rank gets that has its cores for itself, as a multiple of the entry's rates."""
-        self._matmul = _points(entry.matmul_tflops_bf16 if precision == "bf16" else entry.matmul_tflops_fp32)
-        if not self._matmul:
-            raise ConfigError(f"hardware.ceilings.compute has no matmul_tflops_{precision}; measure or set it")
-        self._elementwise = _points(entry.elementwise_gb_per_s)
-
-    @property
-    def ceilings(self) -> RankCeilings:
-        """What was measured with these ranks."""
-        return self._entry
-
-    def matmul(self, rows: float, inner: float, columns: float) -> float:
-        """Seconds of ``[rows, inner] x [inner, columns]``."""
-        rate = _between(self._matmul, max(1.0, rows)) * _TERA * self._alone
-        return 2 * rows * inner * columns / rate
-
-    def attention(self, flops: float) -> float:
-        """Seconds of core attention."""
-        rate = self._entry.attention_tflops or self._matmul[-1][1]
-        return flops / (rate * _TERA * self._alone)
-
-    def elementwise(self, elements: float, nbytes: float, times: float) -> float:
-        """Seconds of ``times`` reads or writes of ``elements`` numbers, which come in tensors of as many."""
-        if not elements:
-            return 0.0
-        rate = _between(self._elementwise, elements * nbytes / _MIB) if self._elementwise else self._entry.copy_gb_per_s
-        return elements * nbytes * times / (rate * _GIGA * self._alone)
-
-    def copy(self, nbytes: float) -> float:
-        """Seconds to read and write ``nbytes`` in all, of large arrays."""
-        return nbytes / (self._entry.copy_gb_per_s * _GIGA * self._alone)
-
-    def gather(self, nbytes: float) -> float:
-        """Seconds to read and write ``nbytes`` of rows."""
-        return nbytes / ((self._entry.gather_gb_per_s or self._entry.copy_gb_per_s) * _GIGA * self._alone)
-
-    def row_update(self, nbytes: float) -> float:
-        """Seconds to read and write ``nbytes`` of rows and their state."""
-        return nbytes / ((self._entry.row_update_gb_per_s or self._entry.copy_gb_per_s) * _GIGA * self._alone)
-
-    def layer_overhead(self) -> float:
-        """Seconds of a layer that computes next to nothing, forward and backward."""
-        return self._entry.layer_overhead_ms / 1e3 / (1.0 if self.hardware.on_gpu else self._alone)
-
-    def expert_overhead(self) -> float:
-        """The same of an expert."""
-        return self._entry.expert_overhead_ms / 1e3 / (1.0 if self.hardware.on_gpu else self._alone)
-
-    def collective(
-        self, operation: str, nbytes: float, size: int, *, calls: float = 1, span: int | None = None
-    ) -> float:
-        """Seconds of ``calls`` collectives in which each of ``size`` ranks sends ``nbytes`` altogether.
-
-        ``span``: ranks from the group's first to its last, which tells whether it leaves the node; None for ``size``.
-        """
-        if size <= 1 or not nbytes:
-            return 0.0
-        between = self.nodes > 1 and (span or size) > self.ranks
-        link = self._link(operation, size, between)
-        if link is None:
-            return nbytes / (self._entry.copy_gb_per_s * _GIGA)
-        return calls * link.latency_us / 1e6 + nbytes / (link.gb_per_s * _GIGA)
-
-    def _link(self, operation: str, size: int, between: bool) -> CollectiveCeilings | None:
-        links = self.hardware.ceilings.collectives
-        fitting = [link for link in links if link.between_nodes == between] or links
-        fitting = [link for link in fitting if link.operation == operation] or fitting
-        busy = max(size, self.ranks) if not self.hardware.on_gpu else size  # every group of the node sends at once
-        return min(fitting, key=lambda link: abs(math.log(link.ranks / busy)), default=None)
-
-
-def _points(rates: Mapping[str, float]) -> list[tuple[float, float]]:
-    return sorted((float(size), rate) for size, rate in rates.items())
-
-
-def _between(points: Sequence[tuple[float, float]], size: float) -> float:
-    """The rate at ``size``, interpolated in the logarithms of both; below the first point rates fall in proportion."""
-    (first, rate), (last, top) = points[0], points[-1]
-    if size <= first:
-        return rate if len(points) == 1 else rate * max(size / first, 1 / 64)
-    if size >= last:
-        return top
-    for (low, a), (high, b) in itertools.pairwise(points):
-        if size <= high:
-            share = math.log(size / low) / math.log(high / low)
-            return float(a ** (1 - share) * b**share)
-    return top
-
-
 def plan_time(
     config: RunConfig,
     layout: Layout,
@@ -191,6 +73,7 @@ def plan_time(
     *,
     tables: Sequence[Sequence[TableSpec]],
     traffic: Sequence[Mapping[str, float]],
+    parameters: Sequence[Sequence[Parameter]],
 ) -> StepTime:
     """Estimate a step.
 
@@ -201,6 +84,7 @@ def plan_time(
         machine: Where.
         tables: Of every stage.
         traffic: Of every stage, from :func:`megamem_launch.plan.traffic.plan_traffic`.
+        parameters: Of every stage.
     """
     m = work.micro_batches
     stages = [_stage_seconds(config, layout, work, machine, stage) for stage in range(layout.pp)]
@@ -218,7 +102,10 @@ def plan_time(
     total = max(span, crowded)
     if crowded > span:
         compute = total - sum(waits.values())
-    dense = [_dense_seconds(config, layout, work, machine, stage, sent) for stage, sent in enumerate(traffic)]
+    dense = [
+        _dense_seconds(config, layout, work, machine, held, sent)
+        for held, sent in zip(parameters, traffic, strict=True)
+    ]
     slowest = max(dense, key=lambda parts: sum(parts.values()))
     rows = max(
         _row_seconds(config, layout, work, machine, specs, sent) for specs, sent in zip(tables, traffic, strict=True)
@@ -234,10 +121,12 @@ def _stage_seconds(config: RunConfig, layout: Layout, work: Work, machine: Machi
     """Forward and backward of one micro-batch through all chunks of a stage, without collectives."""
     model = config.model
     forward = backward = 0.0
-    for layer in layout.stage_layers(model.num_layers, stage):
-        there, back, again = _layer_seconds(config, layout, work, machine, layer)
-        forward += there
-        backward += back + {"none": 0.0, "selective": again, "full": there}[work.recompute]
+    # Layers differ by what they have beside attention; those that have the same take equally long.
+    alike = Counter(_parts_of(config, layer) for layer in layout.stage_layers(model.num_layers, stage))
+    for parts, count in alike.items():
+        there, back, again = _layer_seconds(config, layout, work, machine, parts)
+        forward += count * there
+        backward += count * (back + {"none": 0.0, "selective": again, "full": there}[work.recompute])
     tokens, h, w = work.micro_batch_size * work.seq_length / layout.cp, model.hidden_size, work.element_bytes
     vocabulary = model.padded_vocab_size / layout.tp
     if stage == 0:
@@ -250,8 +139,26 @@ def _stage_seconds(config: RunConfig, layout: Layout, work: Work, machine: Machi
     return forward, backward
 
 
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a layer has beside attention and a feed-forward part."""
+
+    experts: bool
+    engram: bool
+    bank: bool
+
+
+def _parts_of(config: RunConfig, layer: int) -> _Parts:
+    bank = config.memory.bank
+    return _Parts(
+        experts=layer in config.model.moe.layers,
+        engram=layer in config.memory.engram.layers,
+        bank=bank.enabled and (not bank.layers or layer in bank.layers),
+    )
+
+
 def _layer_seconds(
-    config: RunConfig, layout: Layout, work: Work, machine: Machine, layer: int
+    config: RunConfig, layout: Layout, work: Work, machine: Machine, parts: _Parts
 ) -> tuple[float, float, float]:
     """Forward, backward, and what selective recompute does again, of one micro-batch."""
     model, memory, tp, w = config.model, config.memory, layout.tp, work.element_bytes
@@ -261,15 +168,15 @@ def _layer_seconds(
     overhead = machine.layer_overhead()
     forward, backward = overhead * _FORWARD_SHARE, overhead * (1 - _FORWARD_SHARE)
 
-    def add(elements: float, times: tuple[int, int], nbytes: int = w) -> None:
+    def add(elements: float, times: tuple[int, int], nbytes: int = w, count: float = 1) -> None:
         nonlocal forward, backward
-        forward += machine.elementwise(elements, nbytes, times[0])
-        backward += machine.elementwise(elements, nbytes, times[1])
+        forward += count * machine.elementwise(elements, nbytes, times[0])
+        backward += count * machine.elementwise(elements, nbytes, times[1])
 
-    def linear(rows: float, inner: float, columns: float) -> None:
+    def linear(rows: float, inner: float, columns: float, count: float = 1) -> None:
         nonlocal forward, backward
         there, back = _linear(machine, rows, inner, columns, work)
-        forward, backward = forward + there, backward + back
+        forward, backward = forward + count * there, backward + count * back
 
     linear(tokens, h, q + 2 * k)
     linear(tokens, q, h)
@@ -287,16 +194,14 @@ def _layer_seconds(
     forward += core * _FORWARD_SHARE
     backward += core * (1 - _FORWARD_SHARE)
     again = core * _FORWARD_SHARE
-    before = forward
-    if layer in model.moe.layers:
+    if parts.experts:
         moe = model.moe
         routed = stream * moe.router_topk
         local = moe.num_experts / layout.ep
         rows = routed * layout.ep * layout.etp / local
-        for _ in range(int(local)):
-            linear(rows, h, 2 * moe.ffn_hidden_size / layout.etp)
-            linear(rows, moe.ffn_hidden_size / layout.etp, h)
-            add(rows * moe.ffn_hidden_size / layout.etp, _SWIGLU)
+        linear(rows, h, 2 * moe.ffn_hidden_size / layout.etp, local)
+        linear(rows, moe.ffn_hidden_size / layout.etp, h, local)
+        add(rows * moe.ffn_hidden_size / layout.etp, _SWIGLU, count=local)
         linear(stream, h, moe.num_experts)
         add(routed * h, _PERMUTE)
         each = machine.expert_overhead() * local
@@ -311,14 +216,14 @@ def _layer_seconds(
         add(tokens * units, _SWIGLU)
     before = forward
     own = tokens / tp
-    if layer in memory.engram.layers:
+    if parts.engram:
         columns = len(memory.engram.orders) * memory.engram.heads * memory.engram.width
         linear(own, columns, h)
         linear(own, columns, h)
         add(own * h, _ENGRAM)
         forward += machine.gather(2 * own * columns * _FP32) + overhead * _FORWARD_SHARE
         backward += machine.gather(4 * own * columns * _FP32) + overhead * (1 - _FORWARD_SHARE)
-    if memory.bank.enabled and (not memory.bank.layers or layer in memory.bank.layers):
+    if parts.bank:
         blocks = sum(memory.bank.units)
         linear(own, h, 2 * blocks)
         linear(own, blocks, h)
@@ -360,10 +265,14 @@ def _wire_seconds(
 
 
 def _dense_seconds(
-    config: RunConfig, layout: Layout, work: Work, machine: Machine, stage: int, sent: Mapping[str, float]
+    config: RunConfig,
+    layout: Layout,
+    work: Work,
+    machine: Machine,
+    parameters: Sequence[Parameter],
+    sent: Mapping[str, float],
 ) -> dict[str, float]:
     """Reduction, step and gathering of the dense parameters. On a CPU crowded ranks take turns."""
-    parameters: list[Parameter] = stage_parameters(config.model, config.memory, layout, stage)
     elements = sum(p.elements for p in parameters)
     replicas = layout.dp * layout.cp if config.optimizer.zero_stage else 1
     partition = elements / replicas

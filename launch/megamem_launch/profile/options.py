@@ -28,6 +28,8 @@ class Options:
     """Of one rank's device; 0: not known."""
     peak_source: str = ""
     """Where that number comes from."""
+    cluster: str = ""
+    """File whose peaks the points of a sweep take, each that of its own precision; empty for none."""
     checkpoint: bool = False
     nsys: bool = False
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
+from megamem.config import to_dict
 from megamem.errors import MegamemError
-from megamem.observe.journal import Journal
-from megamem.observe.tracking import add_metrics, tracking_uri
+from megamem.observe.tracking import log_numbers
 from megamem_launch.config import RunConfig, save_config
 from megamem_launch.profile.page import write_page
 from megamem_launch.profile.table import headlines, render, sheets
@@ -29,6 +27,7 @@ def publish(profile: Mapping[str, Any], config: RunConfig, out: Path) -> None:
         console.print(render(sheet))
     page = write_page(profile, out)
     console.print(f"\nprofile: {page}", markup=False, highlight=False, soft_wrap=True)
+    save_config(config, out / "config.yaml")
     if config.tracking.mlflow:
         try:
             _track(profile, config, out)
@@ -38,15 +37,16 @@ def publish(profile: Mapping[str, Any], config: RunConfig, out: Path) -> None:
 
 def _track(profile: Mapping[str, Any], config: RunConfig, out: Path) -> None:
     """Log the numbers as an MLflow run of their own below that of the configuration's name, beside those of training."""
-    own = copy.deepcopy(config)
-    own.tracking.uri = tracking_uri(config.tracking, Path(config.runs_dir))
-    own.tracking.parent = config.tracking.parent or config.name
-    own.train.steps = profile["windows"]["measured"]  # a run of all its steps, which MLflow shows as finished
-    save_config(own, out / "config.yaml")
-    with contextlib.closing(Journal(out / "journal.jsonl")) as journal:
-        journal.start(0)
-        journal.event("stop", profile["windows"]["measured"])
-    add_metrics(out, profile["windows"]["measured"], metrics_of(profile))
+    settings = to_dict(config) | {"profile": profile["windows"]}
+    settings["tracking"]["parent"] = config.tracking.parent or config.name
+    log_numbers(
+        out,
+        settings,
+        metrics_of(profile),
+        step=profile["windows"]["measured"],
+        source="megamem profile",
+        runs_dir=Path(config.runs_dir),
+    )
 
 
 def metrics_of(profile: Mapping[str, Any]) -> dict[str, float]:

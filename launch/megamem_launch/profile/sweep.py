@@ -120,6 +120,8 @@ def plot(results: Sequence[Mapping[str, Any]]) -> str:
 def _profile(name: str, point: Point, settings: Sequence[str], options: Options, out: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "megamem.cli", "profile", *settings, "--out", str(out)]
     command += ["--warmup", str(options.warmup), "--steps", str(options.steps), "--traced", str(options.traced)]
+    if options.cluster:
+        command += ["--cluster", options.cluster]
     if options.peak_tflops:
         command += ["--peak-tflops", str(options.peak_tflops)]
     if options.checkpoint:

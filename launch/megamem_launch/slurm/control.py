@@ -18,8 +18,8 @@ from megamem_launch.slurm.history import read_history
 from megamem_launch.slurm.parse import Job
 from megamem_launch.slurm.reasons import why_waiting
 from megamem_launch.slurm.scheduler import Slurm
-from megamem_launch.slurm.status import local_supervisor
-from megamem_launch.slurm.submit import record_job, submit
+from megamem_launch.slurm.status import is_of, local_supervisor
+from megamem_launch.slurm.submit import SCRIPT, record_job, submit
 from megamem_launch.watch.beats import read_beats
 
 _POLL_SECONDS = 0.5
@@ -87,6 +87,7 @@ def requeue(run_dir: Path, slurm: Slurm, *, now: bool) -> str:
         raise LaunchError(f"{run_dir} prepares data, which begins anew: cancel it and give `megamem launch data` again")
     if not job_ids(run_dir):
         raise LaunchError(f"{run_dir} has no job of SLURM; start it again with `megamem launch local {run_dir}`")
+    rundir.stopped_file(run_dir).unlink(missing_ok=True)
     living, _ = _living([run_dir], slurm)
     running = next((job for job in living if not job.waiting), None)
     if running is not None:
@@ -113,6 +114,12 @@ def _requeue_running(run_dir: Path, job: Job, slurm: Slurm, *, now: bool) -> str
     if now:
         slurm.requeue(job.id)
         return f"job {job.id} is stopped and requeued; it goes on from the last checkpoint"
+    history = read_history(run_dir)
+    if not history or not is_of(history[-1], job) or not read_beats(rundir.live_dir(run_dir, history[-1].incarnation)):
+        raise LaunchError(
+            f"job {job.id} of {run_dir} has not begun to train, so there is nothing to save; try again when "
+            "`megamem launch status` says that it runs, or requeue it at once with --now"
+        )
     slurm.signal(job.id, settings.signal, batch=True)
     return f"job {job.id} was asked to save; it then goes back into the queue"
 
@@ -127,29 +134,34 @@ def _release(run_dir: Path, job: Job, slurm: Slurm) -> str:
 def _submit_again(run_dir: Path) -> str:
     lines = [line for line in rundir.read_lines(rundir.jobs_file(run_dir)) if "job_id" in line]
     last, folder = lines[-1], _last_submission(run_dir)
-    script, options = folder / "script.sbatch", list[str]()
+    script, options = folder / SCRIPT, list[str]()
     if last.get("kind") == "sweep":  # one script for all points; each knows its number by the job it had
         parents = rundir.read_lines(rundir.jobs_file(run_dir.parent))
         array, _, task = str(last["job_id"]).rpartition("_")
         name = next((str(line["submission"]) for line in parents if str(line.get("job_id")) == array), "")
-        script, options = rundir.launch_dir(run_dir.parent) / name / "script.sbatch", [f"--array={task}"]
+        script, options = rundir.launch_dir(run_dir.parent) / name / SCRIPT, [f"--array={task}"]
     if not script.is_file():
         raise LaunchError(
             f"{script}, the script of the last submission of {run_dir}, is gone; submit with `megamem launch slurm`"
         )
-    job = submit(script, load_cluster(folder / "cluster.yaml"), options)
-    job_id = f"{job}_{task}" if options else job
-    record_job(run_dir, job_id, folder, last.get("kind", "run"), str(last.get("name", "")))
-    if options:
-        record_job(run_dir.parent, job_id, script.parent, "sweep", str(last.get("name", "")))
-    return f"job {job_id} was submitted; it goes on from the last checkpoint"
+
+    def own(job: str) -> str:
+        return f"{job}_{task}" if options else job
+
+    def record(job: str, _: str) -> None:
+        record_job(run_dir, own(job), folder, last.get("kind", "run"), str(last.get("name", "")))
+        if options:
+            record_job(run_dir.parent, own(job), script.parent, "sweep", str(last.get("name", "")))
+
+    (job,) = submit([script], load_cluster(folder / "cluster.yaml"), record, options=options)
+    return f"job {own(job)} was submitted; it goes on from the last checkpoint"
 
 
 def _last_submission(run_dir: Path) -> Path:
     """Directory of the submission that the last job of a run belongs to."""
     names = [str(line["submission"]) for line in rundir.read_lines(rundir.jobs_file(run_dir)) if "submission" in line]
-    folder = rundir.launch_dir(run_dir) / (names[-1] if names else "submission-1")
-    if not folder.is_dir():
+    folder = rundir.launch_dir(run_dir) / (names[-1] if names else "")
+    if not names or not folder.is_dir():
         raise LaunchError(
             f"{folder}, which the last job of {run_dir} belongs to, is gone; submit with `megamem launch slurm`"
         )

@@ -12,7 +12,7 @@ from megamem_launch import rundir
 def find_launched(run: str, runs_dir: Path) -> Path:
     """The absolute directory of a run or sweep given by path or by name; LaunchError names the nearest ones that were launched."""
     for candidate in (Path(run), runs_dir / run):
-        if any(rundir.launch_dir(candidate).glob("submission-*")):
+        if rundir.submission_folders(candidate):
             return candidate.absolute()
         if (candidate / "journal.jsonl").is_file():
             raise LaunchError(

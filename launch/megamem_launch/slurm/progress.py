@@ -13,7 +13,7 @@ from typing import Any
 
 from megamem.errors import ConfigError
 from megamem_launch.config import read_yaml
-from megamem_launch.rundir import launch_dir
+from megamem_launch.rundir import submission_folders
 
 _TAIL_BYTES = 1 << 18  # of the journal: enough for some hundred steps
 _RECENT = 20  # steps that the speed is a median of
@@ -49,8 +49,7 @@ def read_progress(run_dir: Path) -> Progress:
 
 def _total_steps(run_dir: Path) -> int | None:
     """What the last submission asks for; a run that has not started yet has no configuration of its own."""
-    submissions = launch_dir(run_dir).glob("submission-*[0-9]/config.yaml")
-    newest = sorted(submissions, key=lambda path: int(path.parent.name.removeprefix("submission-")))[-1:]
+    newest = [folder / "config.yaml" for folder in submission_folders(run_dir)[-1:]]
     for path in (*newest, run_dir / "config.yaml"):
         with contextlib.suppress(ConfigError, KeyError, TypeError, ValueError):
             return int(read_yaml(path)["train"]["steps"])

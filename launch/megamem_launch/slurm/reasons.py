@@ -79,9 +79,16 @@ def why_ended(job: Job) -> str:
     if job.state in _ENDS:
         return _ENDS[job.state]
     status, _, signal = job.exit_code.partition(":")
+    if not_opened(job):
+        return "the node could not open RUN/launch/logs; set runs_dir to a path that all nodes share"
     if signal not in ("", "0"):
         return f"its script was ended by signal {signal}"
     return f"its script ended with exit code {status}" if status else f"SLURM calls it {job.state}"
+
+
+def not_opened(job: Job) -> bool:
+    """Whether a job failed since its node could not make the file of its output."""
+    return job.state == "FAILED" and job.exit_code == "0:53"
 
 
 def clock(time: float) -> str:

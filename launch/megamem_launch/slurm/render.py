@@ -51,7 +51,7 @@ def render(cluster: Cluster, script: Script) -> str:
     return template.get_template("job.sbatch.j2").render(
         directives=_directives(cluster, script),
         comment=script.comment,
-        warning=slurm.signal if script.supervised and slurm.signal_seconds else "",
+        warning=slurm.signal if script.supervised else "",
         environment=list(environment.items()),
         setup=slurm.setup,
         tasks=[shlex.quote(task) for task in script.tasks],

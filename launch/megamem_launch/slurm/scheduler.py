@@ -19,10 +19,10 @@ class Slurm:
     does not answer, SchedulerRefusal (which keeps SLURM's complaint) when it says no, and LaunchError without SLURM.
     """
 
-    def job(self, job_id: str) -> Job | None:
+    def job(self, job_id: str, timeout: float = 60.0) -> Job | None:
         """A job (``17``, or ``17_3`` for a task of an array); None once the controller has forgotten it."""
         try:
-            found = parse.show_jobs(run("scontrol", "show", "job", job_id))
+            found = parse.show_jobs(run("scontrol", "show", "job", job_id, timeout=timeout))
         except SchedulerRefusal as refusal:
             if _UNKNOWN_JOB in refusal.complaint.lower():
                 return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 REDACTED = "[redacted]"
@@ -28,6 +28,8 @@ _VALUES = re.compile(
 )
 _ASSIGNMENT = re.compile(r"(?<![\w.-])([\w.-]+)(=|:[ \t]*|[ \t]=[ \t])(['\"]?)([^\s'\",;)}\]]{4,})")
 _MIN_KNOWN = 8
+_EXPANSION = re.compile(r"\$\([^)]*\)|\$\{[^}]*\}|\$\w+|`[^`]*`")
+_OPTION = re.compile(r"(?<!\S)--[\w-]+=")
 
 
 def is_secret(name: str, value: str) -> bool:
@@ -64,6 +66,41 @@ def redact(value: Any) -> Any:
     if isinstance(value, list):
         return [redact(item) for item in value]
     return value
+
+
+def secret_settings(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Dotted names of the settings in plain data that hold what has the form of a secret, or are free options that are named
+    as one, such as ``data.sources[0].options.token``."""
+    return (where for where, name, value in _texts(settings, "") if _is_secret_setting(where, name, value))
+
+
+def redact_override(text: str) -> str:
+    """``section.setting=value`` without what :func:`secret_settings` would find."""
+    name, _, value = text.partition("=")
+    named = ".options." in name and is_secret(name.rpartition(".")[2], value)
+    return f"{name}={REDACTED}" if named else redact_text(text)
+
+
+def holds_secret(line: str) -> bool:
+    """Whether a line of shell, or an option, has a secret in it; one that it reads from a file or a variable is none."""
+    plain = _OPTION.sub("", _EXPANSION.sub("", line))
+    return redact_text(plain) != plain
+
+
+def _is_secret_setting(where: str, name: str, value: str) -> bool:
+    # The names of our own settings are no secrets' (model.moe.token_dispatcher).
+    return is_secret(name, value) if ".options." in where else redact_text(value) != value
+
+
+def _texts(value: Any, where: str, name: str = "") -> Iterator[tuple[str, str, str]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _texts(item, f"{where}.{key}" if where else str(key), str(key))
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            yield from _texts(item, f"{where}[{number}]", name)
+    elif isinstance(value, str):
+        yield where, name, value
 
 
 def _without_value(match: re.Match[str]) -> str:

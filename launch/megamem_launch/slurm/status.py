@@ -15,7 +15,7 @@ from megamem_launch import rundir
 from megamem_launch.slurm.history import Record, accounted_state, read_history
 from megamem_launch.slurm.parse import Job
 from megamem_launch.slurm.progress import Progress, read_progress
-from megamem_launch.slurm.reasons import why_ended, why_waiting
+from megamem_launch.slurm.reasons import not_opened, why_ended, why_waiting
 from megamem_launch.slurm.scheduler import Slurm
 from megamem_launch.watch.beats import ENDED, Beat, read_beats
 
@@ -103,21 +103,24 @@ def read_status(run_dir: Path, slurm: Slurm, jobs: Sequence[Job] | None = None) 
     ids = [str(line["job_id"]) for line in lines]
     failure = ""
     try:
-        jobs = [job for job in (slurm.jobs(ids) if jobs is None else jobs) if _submitted_as(job, ids)]
+        known_jobs = slurm.jobs(ids) if jobs is None else jobs
+        jobs = [_with_exit_code(job, slurm) for job in known_jobs if _submitted_as(job, ids)]
     except LaunchError as error:
         failure, jobs = str(error), []
     jobs.sort(key=lambda job: ids.index(_submitted_as(job, ids)))
     history = read_history(run_dir)
     last = history[-1] if history else None
+    data = any(line.get("kind") == "data" for line in lines)
+    latest = [str(line["job_id"]) for line in lines if line.get("submission") == lines[-1].get("submission")]
     beats = list(read_beats(rundir.live_dir(run_dir, last.incarnation)).values()) if last else []
     known = Known(
-        finished=rundir.finished_file(run_dir).exists(),
+        finished=_has_finished(run_dir, data),
         cancelled=rundir.cancelled_file(run_dir).exists(),
-        jobs=jobs,
+        jobs=[job for job in jobs if not data or _submitted_as(job, latest)],
         last=last,
         local=last is not None and last.job.startswith("local-") and local_supervisor(run_dir, beats) is not None,
         training=any(beat.step > 0 for beat in beats),
-        supervised=any(line.get("kind") != "data" for line in lines) or not lines,
+        supervised=not data,
     )
     verdict: tuple[State, str] = ("unknown", failure) if failure else judge(known)
     state, why = verdict
@@ -169,8 +172,8 @@ def judge(known: Known) -> tuple[State, str]:
     if current is not None and current.state == "COMPLETING":
         return "ending", f"job {current.id} is being cleared from its nodes"
     if not known.supervised:
-        return _without_supervisor(known.jobs)
-    if current is not None and not (last is not None and _is_of(last, current)):
+        return _without_supervisor(known)
+    if current is not None and not (last is not None and is_of(last, current)):
         return "starting", f"job {current.id} has its nodes, its supervisor prepares them"
     if current is not None or known.local:
         assert last is not None
@@ -187,16 +190,40 @@ def judge(known: Known) -> tuple[State, str]:
     return _ended(last, known.jobs)
 
 
-def _without_supervisor(jobs: Sequence[Job]) -> tuple[State, str]:
+def _without_supervisor(known: Known) -> tuple[State, str]:
+    jobs = known.jobs
     if running_job(jobs) is not None:
         return "running", ""
+    if known.finished:
+        return "finished", ""
     failed = next((job for job in jobs if job.over and job.state != "COMPLETED"), None)
+    if failed is not None and failed.state == "CANCELLED":
+        return "cancelled", f"job {failed.id} was cancelled by SLURM's own means"
     if failed is not None:
-        return "failed", f"job {failed.id}: {why_ended(failed)}; `megamem launch logs` shows its output"
+        return "failed", f"job {failed.id}: {_with_output(failed)}"
     waiting = next((job for job in jobs if job.waiting), None)
     if waiting is not None:
         return "pending", f"job {waiting.id}: {why_waiting(waiting)}"
-    return ("finished", "") if jobs else ("unknown", "SLURM has forgotten its jobs")
+    return "failed", f"its jobs have ended{'' if jobs else ', SLURM has forgotten them'}, and the data is not there"
+
+
+def _with_exit_code(job: Job, slurm: Slurm) -> Job:
+    """A job that squeue calls JobLaunchFailure, which a script that was killed is too, with the code that tells them apart."""
+    if job.state != "FAILED" or job.reason != "JobLaunchFailure" or job.exit_code:
+        return job
+    return slurm.job(job.id) or job
+
+
+def _with_output(job: Job) -> str:
+    """How a job ended, and where to read more, if there is more."""
+    return why_ended(job) + ("" if not_opened(job) else "; `megamem launch logs` shows its output")
+
+
+def _has_finished(run_dir: Path, data: bool) -> bool:
+    """Whether a run is marked as finished, or the data is there that jobs in ``PATH.parts`` prepare."""
+    if data:
+        return (run_dir.with_name(run_dir.name.removesuffix(".parts")) / "data.json").is_file()
+    return rundir.finished_file(run_dir).exists()
 
 
 def _ended(last: Record | None, jobs: Sequence[Job]) -> tuple[State, str]:
@@ -209,8 +236,10 @@ def _ended(last: Record | None, jobs: Sequence[Job]) -> tuple[State, str]:
     ):
         return "cancelled", f"job {final.id} was cancelled by SLURM's own means"
     if last is None:
-        how = f"{why_ended(final)}, and its supervisor never started" if final else "SLURM has forgotten it"
-        return "failed", f"job {final.id}: {how}; `megamem launch logs` shows its output" if final else how
+        if final is None:
+            return "failed", "SLURM has forgotten it"
+        started = "" if not_opened(final) else "its supervisor never started: "
+        return "failed", f"job {final.id}: {started}{_with_output(final)}"
     if last.outcome == "finished":
         return "finished", ""
     if last.outcome == "cancelled":
@@ -219,7 +248,7 @@ def _ended(last: Record | None, jobs: Sequence[Job]) -> tuple[State, str]:
         return "stopped", last.reason
     if last.outcome:
         return "failed", f"{last.outcome}: {last.reason}"
-    how = f" (job {final.id}: {why_ended(final)})" if final is not None and _is_of(last, final) else ""
+    how = f" (job {final.id}: {why_ended(final)})" if final is not None and is_of(last, final) else ""
     return "failed", f"the supervisor of incarnation {last.incarnation} ended without a word{how}"
 
 
@@ -241,7 +270,7 @@ def local_supervisor(run_dir: Path, beats: Sequence[Beat]) -> tuple[str, int] | 
 
 def _nodes(known: Known, slurm: Slurm) -> list[str]:
     current = running_job(known.jobs)
-    if known.last is not None and (current is None or _is_of(known.last, current)):
+    if known.last is not None and (current is None or is_of(known.last, current)):
         return known.last.nodes
     return slurm.hostnames(current.nodes) if current is not None else []
 
@@ -251,7 +280,8 @@ def _submitted_as(job: Job, ids: Sequence[str]) -> str:
     return next((name for name in (job.id, job.number, job.array) if name in ids), "")
 
 
-def _is_of(record: Record, job: Job) -> bool:
+def is_of(record: Record, job: Job) -> bool:
+    """Whether an incarnation is one of this start of a job."""
     return record.job in (job.number, job.id) and record.restart == job.restarts
 
 

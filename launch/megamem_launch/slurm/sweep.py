@@ -13,24 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from megamem.config import at_least, build
-from megamem.errors import ConfigError, LaunchError
+from megamem.errors import ConfigError, DataError, LaunchError
 from megamem.files import write_text
-from megamem_launch.cluster import Cluster, with_mounts
+from megamem_launch.cluster import Cluster
 from megamem_launch.config import RunConfig, load_config, read_yaml
-from megamem_launch.rundir import launch_dir
+from megamem_launch.rundir import launch_dir, next_submission_folder
 from megamem_launch.slurm.capture import CODE, records
 from megamem_launch.slurm.render import render
+from megamem_launch.slurm.shared import local_notes
 from megamem_launch.slurm.submit import (
     SCRIPT,
     Submission,
     ask,
-    next_folder,
+    claimed,
     record_job,
     submit,
-    undone_on_failure,
     write_submission,
 )
-from megamem_launch.slurm.training import Submitted, absolute, check_run, job_name, training_script
+from megamem_launch.slurm.training import Submitted, absolute, check_run, job_name, mounted, training_script
 
 _NAME_LENGTH = 80
 
@@ -72,6 +72,8 @@ def read_sweep(path: Path) -> Sweep:
     try:
         sweep = build(Sweep, data)
         points = sweep.all_points()
+        for setting, value in (item for point in points for item in point.items()):
+            _check_plain(setting, value)
         if len({json.dumps(point, sort_keys=True) for point in points}) < len(points):
             raise ConfigError("the same point is there twice; leave one out")
     except ConfigError as error:
@@ -91,7 +93,10 @@ def point_names(points: Sequence[Mapping[str, Any]]) -> list[str]:
         if name != text or len(name) > _NAME_LENGTH:  # something was lost, so the name may not be the only one
             name = f"{name[:_NAME_LENGTH]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
         names.append(name)
-    return names
+    return [
+        name if names.count(name) == 1 else f"{name}-{hashlib.sha256(json.dumps(point).encode()).hexdigest()[:6]}"
+        for name, point in zip(names, points, strict=True)
+    ]
 
 
 def launch_sweep(
@@ -111,22 +116,27 @@ def launch_sweep(
         _point_config(base, source, [*overrides, *_overrides(point)], name)
         for point, name in zip(points, names, strict=True)
     ]
-    notes: list[str] = []
+    notes = local_notes("runs_dir", Path(base.runs_dir))
     for name, config in zip(names, configs, strict=True):
         try:
             notes += [note for note in check_run(config, cluster) if note not in notes]
-        except ConfigError as error:
-            raise ConfigError(f"point {name}: {error}") from None
-    data = [Path(config.data.path).absolute() for config in configs]
-    cluster = with_mounts(cluster, Path.cwd(), [Path(base.runs_dir), *data])
-    folders = [next_folder(config.run_dir) for config in configs]
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"point {name}: {error}") from None
+    cluster = mounted(cluster, configs, Path(base.runs_dir))
+    folders = [next_submission_folder(config.run_dir) for config in configs]
     script = render(cluster, training_script(cluster, parent, folders, at_once=sweep.at_once or len(points)))
     answer = ask(script, cluster)
     if dry_run:
         return Submitted(job_ids=[], run_dir=parent, script=script, answer=answer, notes=notes)
-    own = next_folder(parent)
+    own = next_submission_folder(parent)
     kept = records(CODE)
-    with undone_on_failure(parent, parent):
+
+    def record(job_id: str, _: str) -> None:
+        record_job(parent, job_id, own, "sweep", job_name(parent))
+        for number, (folder, config) in enumerate(zip(folders, configs, strict=True)):
+            record_job(config.run_dir, f"{job_id}_{number}", folder, "sweep", job_name(parent))
+
+    with claimed(parent, parent):
         for folder, config, point in zip(folders, configs, points, strict=True):
             write_submission(_submission(config, cluster, overrides, point), folder, kept)
         write_submission(_submission(base, cluster, overrides, {}), own, {SCRIPT: script, **kept})
@@ -135,11 +145,8 @@ def launch_sweep(
             for name, config, point in zip(names, configs, points, strict=True)
         ]
         write_text(launch_dir(parent) / "sweep.json", json.dumps({"points": listed}, indent=1) + "\n")
-        job_id = submit(own / SCRIPT, cluster)
-    record_job(parent, job_id, own, "sweep", job_name(parent))
-    for number, (folder, config) in enumerate(zip(folders, configs, strict=True)):
-        record_job(config.run_dir, f"{job_id}_{number}", folder, "sweep", job_name(parent))
-    return Submitted(job_ids=[job_id], run_dir=parent, script=script, answer=answer, notes=notes)
+        ids = submit([own / SCRIPT], cluster, record)
+    return Submitted(job_ids=ids, run_dir=parent, script=script, answer=answer, notes=notes)
 
 
 def _point_config(base: RunConfig, source: str | Path, overrides: Sequence[str], name: str) -> RunConfig:
@@ -166,6 +173,15 @@ def _submission(config: RunConfig, cluster: Cluster, overrides: Sequence[str], p
         world_size=cluster.world_size,
         overrides=(*overrides, *_overrides(point)),
     )
+
+
+def _check_plain(setting: str, value: Any) -> None:
+    try:
+        json.dumps(value)
+    except TypeError:
+        raise ConfigError(
+            f"{setting} has {value!s}, which YAML reads as a {type(value).__name__}; put it in quotes to set text"
+        ) from None
 
 
 def _overrides(point: Mapping[str, Any]) -> list[str]:

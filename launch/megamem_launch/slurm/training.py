@@ -8,25 +8,36 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from megamem.config import to_dict
 from megamem.errors import ConfigError, DataError, LaunchError
 from megamem.files import write_text
 from megamem_launch.cluster import Cluster, with_mounts
 from megamem_launch.config import RunConfig
-from megamem_launch.rundir import cancelled_file, finished_file, jobs_file, launch_dir, read_json, read_lines
+from megamem_launch.rundir import (
+    STOP,
+    cancelled_file,
+    finished_file,
+    jobs_file,
+    launch_dir,
+    next_submission_folder,
+    read_json,
+    read_lines,
+    stopped_file,
+)
 from megamem_launch.slurm.capture import CODE, records
 from megamem_launch.slurm.render import Script, interpreter, render
 from megamem_launch.slurm.scheduler import Slurm
-from megamem_launch.slurm.secrets import redact_text
+from megamem_launch.slurm.secrets import secret_settings
+from megamem_launch.slurm.shared import local_notes
 from megamem_launch.slurm.submit import (
     SCRIPT,
     Kind,
     Submission,
     ask,
+    claimed,
     log_folder,
-    next_folder,
     record_job,
-    submit_in_order,
-    undone_on_failure,
+    submit,
     write_submission,
 )
 from megamem_launch.slurm.topology import check_topology
@@ -44,7 +55,7 @@ class Submitted:
     answer: str
     """Of ``sbatch --test-only``."""
     notes: list[str]
-    """How groups fall on nodes, where that costs."""
+    """How groups fall on nodes, where that costs, and what is likely to go wrong."""
 
 
 def absolute(config: RunConfig) -> RunConfig:
@@ -56,14 +67,10 @@ def check_run(config: RunConfig, cluster: Cluster) -> list[str]:
     """Everything that can be seen to be wrong before a job exists; returns how groups cross nodes.
 
     Raises:
-        ConfigError: the sections, or layout and cluster, do not fit each other, or a setting holds a password.
+        ConfigError: the sections, or layout and cluster, do not fit each other, or a setting holds a secret.
         DataError: the prepared data is not there.
     """
-    if redact_text(config.tracking.uri) != config.tracking.uri:
-        raise ConfigError(
-            "tracking.uri holds a password, which would be kept with the run; leave it out and export MLFLOW_TRACKING_USERNAME "
-            "and MLFLOW_TRACKING_PASSWORD in the shell that submits"
-        )
+    check_no_secrets(config)
     try:
         layout = validate(config, cluster.world_size)
     except ConfigError as error:
@@ -77,6 +84,22 @@ def check_run(config: RunConfig, cluster: Cluster) -> list[str]:
             "configuration first"
         )
     return check_topology(config, layout, cluster)
+
+
+def check_no_secrets(config: RunConfig) -> None:
+    """ConfigError where a setting holds what looks like a secret: the resolved configuration is kept."""
+    for setting in secret_settings(to_dict(config)):
+        raise ConfigError(
+            f"{setting} holds what looks like a secret, which would be kept with the run; leave it out and export it in the shell "
+            "that submits (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, HF_TOKEN), which the job inherits"
+        )
+
+
+def mounted(cluster: Cluster, configs: Sequence[RunConfig], runs_dir: Path) -> Cluster:
+    """The cluster whose container sees what runs below ``runs_dir`` read and write."""
+    data = [Path(config.data.path).absolute() for config in configs]
+    disks = [Path(path).absolute() for config in configs if (path := config.memory.disk.path)]
+    return with_mounts(cluster, Path.cwd(), data, [runs_dir, *disks])
 
 
 def training_script(cluster: Cluster, run_dir: Path, folders: Sequence[Path], at_once: int = 0) -> Script:
@@ -115,10 +138,10 @@ def launch_training(
         raise ConfigError(f"--chain is {chain}; set the number of jobs that follow each other, 1 or more")
     config = absolute(config)
     run_dir = config.run_dir
-    notes = check_run(config, cluster)
+    notes = check_run(config, cluster) + local_notes("runs_dir", Path(config.runs_dir))
     _check_free(config)
-    cluster = with_mounts(cluster, Path.cwd(), [Path(config.runs_dir), Path(config.data.path).absolute()])
-    folder = next_folder(run_dir)
+    cluster = mounted(cluster, [config], Path(config.runs_dir))
+    folder = next_submission_folder(run_dir)
     script = render(cluster, training_script(cluster, run_dir, [folder]))
     answer = ask(script, cluster)
     if dry_run:
@@ -135,11 +158,13 @@ def launch_training(
     )
     # Each waits for the one before however it ends, and for whatever else of this name this user has.
     after = ["singleton" if chain > 1 else ""] + ["afterany:{},singleton"] * (chain - 1)
-    with undone_on_failure(run_dir, folder), _opened(run_dir):
-        write_submission(submission, folder, {SCRIPT: script, **records(CODE)})
-        ids = submit_in_order([folder / SCRIPT] * chain, cluster, after)
-    for job_id, former in zip(ids, ["", *ids], strict=False):
+
+    def record(job_id: str, former: str) -> None:
         record_job(run_dir, job_id, folder, kind, job_name(run_dir), former)
+
+    with claimed(run_dir, folder), opened(run_dir):
+        write_submission(submission, folder, {SCRIPT: script, **records(CODE)})
+        ids = submit([folder / SCRIPT] * chain, cluster, record, after=after)
     return Submitted(job_ids=ids, run_dir=run_dir, script=script, answer=answer, notes=notes)
 
 
@@ -167,11 +192,11 @@ def check_no_jobs(run_dir: Path) -> None:
 
 
 @contextmanager
-def _opened(run_dir: Path) -> Iterator[None]:
+def opened(run_dir: Path) -> Iterator[None]:
     """Without the marks that say that a run has ended, which are put back if the body fails: who submits wants it to go on."""
     marks = {
         path: path.read_text(encoding="utf-8")
-        for path in (finished_file(run_dir), cancelled_file(run_dir), run_dir / "STOP")
+        for path in (finished_file(run_dir), cancelled_file(run_dir), stopped_file(run_dir), run_dir / STOP)
         if path.is_file()
     }
     for path in marks:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megamem.errors import MegamemError
+from megamem.errors import MegamemError, machine_sentence
 from megamem_launch.supervise.allocation import SlurmAllocation
-from megamem_launch.supervise.decide import FATAL
+from megamem_launch.supervise.decide import EXHAUSTED, FATAL
 from megamem_launch.supervise.submission import read_submission
 from megamem_launch.supervise.supervisor import Supervisor
 
@@ -23,6 +23,9 @@ def main(argv: list[str]) -> int:
     except MegamemError as error:
         print(f"supervisor: {error}", file=sys.stderr)
         return FATAL
+    except OSError as error:
+        print(f"supervisor: {machine_sentence(error) or error}", file=sys.stderr)
+        return EXHAUSTED
 
 
 if __name__ == "__main__":

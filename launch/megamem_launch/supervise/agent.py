@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from megamem.observe.heartbeat import node_name
 from megamem_launch import rundir
-from megamem_launch.supervise.rank import TERMINATE, limit_threads, node_name, record_failure
+from megamem_launch.supervise.rank import TERMINATE, limit_threads, record_failure
 
 
 def main(argv: list[str]) -> int:

@@ -1,11 +1,10 @@
-"""The machines that an incarnation runs on: those that SLURM gave to a job, or this one."""
+"""The machines that an incarnation runs on, and those that SLURM gave to a job."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megamem.errors import LaunchError
+from megamem.observe.heartbeat import node_name
 from megamem_launch import rundir
 from megamem_launch.cluster import Cluster
 from megamem_launch.slurm.client import SchedulerUnavailable
@@ -26,12 +26,12 @@ from megamem_launch.supervise.exclusion import excluded, fit
 from megamem_launch.supervise.findings import Findings, read_findings
 from megamem_launch.supervise.incarnation import Incarnation
 from megamem_launch.supervise.preflight import Arguments, as_argument
-from megamem_launch.supervise.rank import node_name
 from megamem_launch.supervise.signals import unblock
-from megamem_launch.supervise.steps import LocalStep, SrunStep, Step, wait
+from megamem_launch.supervise.steps import SrunStep, Step, wait
 
 _CHECK_SECONDS = 300.0  # a cold network file system takes minutes to import torch from
 _REACH_SECONDS = 30.0
+_ANSWER_SECONDS, _SOON_SECONDS = 60.0, 5.0
 _AT_ONCE = 32
 
 
@@ -41,6 +41,8 @@ class Allocation(Protocol):
     first: Incarnation
     """The incarnation of the first attempt here."""
     nodes: list[str]
+    ends: float
+    """When its time is over, in seconds since the epoch, as far as is known."""
 
     def start(self, run_dir: Path, config: Path, incarnation: Incarnation) -> Step:
         """Start all ranks of an incarnation."""
@@ -54,8 +56,8 @@ class Allocation(Protocol):
         """Nodes that died, and why; with ``probe`` also those that are being taken away, and those on which no process starts."""
         ...
 
-    def job(self) -> Job | None:
-        """The job, as SLURM knows it now; None where there is none, or SLURM does not answer."""
+    def job(self, *, patient: bool = True) -> Job | None:
+        """The job, as SLURM knows it now; None where there is none, or SLURM does not answer: in some minutes, or in seconds."""
         ...
 
     def runs(self, job: str) -> bool | None:
@@ -69,42 +71,6 @@ def environment_of(incarnation: Incarnation) -> dict[str, str]:
 
 
 @dataclass(slots=True)
-class LocalAllocation:
-    """Ranks on this machine, without SLURM."""
-
-    cluster: Cluster
-    first: Incarnation
-    nodes: list[str]
-
-    @classmethod
-    def here(cls, cluster: Cluster) -> LocalAllocation:
-        """This machine."""
-        return cls(cluster, Incarnation(f"local-{os.getpid()}", 0, 0), [socket.gethostname()])
-
-    def start(self, run_dir: Path, config: Path, incarnation: Incarnation) -> Step:
-        endpoint = f"127.0.0.1:{rendezvous.free_port(incarnation)}"
-        ranks = str(self.cluster.ranks_per_node)
-        command = [sys.executable, "-u", "-m", "megamem_launch.supervise.agent"]
-        environment = {name: v for name, v in environment_of(incarnation).items() if not name.startswith("SLURM")}
-        return LocalStep([*command, str(run_dir), str(config), endpoint, "1", ranks], environment)
-
-    def examine(self, run_dir: Path, incarnation: Incarnation, interrupted: Callable[[], bool]) -> Findings:
-        return Findings()
-
-    def lost_nodes(self, *, probe: bool) -> dict[str, str]:
-        return {}
-
-    def job(self) -> Job | None:
-        return None
-
-    def runs(self, job: str) -> bool | None:
-        with contextlib.suppress(LaunchError):  # this machine may be a login node
-            found = Slurm().job(job)
-            return found is not None and not found.over and not found.waiting
-        return None
-
-
-@dataclass(slots=True)
 class SlurmAllocation:
     """The nodes of the job that this process is the batch step of."""
 
@@ -115,7 +81,6 @@ class SlurmAllocation:
     job_id: str
     """As SLURM's commands want it: a task of an array by the array's number and its own."""
     ends: float = float("inf")
-    """When its time is over, in seconds since the epoch, as far as SLURM has said."""
 
     @classmethod
     def here(cls, cluster: Cluster) -> SlurmAllocation:
@@ -206,12 +171,12 @@ class SlurmAllocation:
                     lost[name] = f"SLURM calls it {words}" + (f" ({node.reason})" if node and node.reason else "")
         return lost or (self._unreachable() if probe else {})
 
-    def job(self) -> Job | None:
-        for _ in range(3):
+    def job(self, *, patient: bool = True) -> Job | None:
+        for _ in range(3 if patient else 1):
             with contextlib.suppress(SchedulerUnavailable):
-                found = self.slurm.job(self.job_id)
+                found = self.slurm.job(self.job_id, _ANSWER_SECONDS if patient else _SOON_SECONDS)
                 return found and self._told_apart(found)
-            time.sleep(1.0)
+            time.sleep(1.0 if patient else 0.0)
         return None
 
     def _told_apart(self, job: Job) -> Job:
@@ -237,9 +202,10 @@ class SlurmAllocation:
     def avoid_bad_nodes(self, run_dir: Path) -> str:
         """Keep the next start of the job, which was requeued, off the nodes that the run avoids. Returns in words which of these
         had to be forgotten, since too few others are left; LaunchError where SLURM does not take it."""
-        usable = self.slurm.available_nodes(os.environ.get("SLURM_JOB_PARTITION", ""))
+        never = set(self.slurm.hostnames(self.cluster.slurm.exclude))
+        usable = set(self.slurm.available_nodes(os.environ.get("SLURM_JOB_PARTITION", ""))) - never
         forgotten = fit(run_dir, usable, len(self.nodes))
-        avoided = {*excluded(run_dir), *self.slurm.hostnames(self.cluster.slurm.exclude)}
+        avoided = {*excluded(run_dir), *never}
         if avoided or forgotten:
             for patience in range(20, -1, -1):  # SLURM takes it once the job is pending
                 try:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megamem_launch.rundir import STOP
+
 DONE, EXHAUSTED, FATAL, REQUEUE = 0, 1, 2, 75
 """Exit codes of the supervisor: done, or ended by a person; retry budget used up; a person must mend something; to be requeued
 (EX_TEMPFAIL of sysexits.h)."""
@@ -33,12 +35,16 @@ class Ended:
     """The error of a rank that no restart cures."""
     hang: str = ""
     """The watchdog's verdict."""
+    late_nodes: tuple[str, ...] = ()
+    """Those of the ranks that were late in it."""
     failure: str = ""
     """What is known of the first rank that failed."""
     bad_nodes: Mapping[str, str] = field(default_factory=dict)
     """Nodes that cannot be used, and why."""
     checked: bool = True
     """Whether the ranks were started; False where the checks before the start ended it."""
+    lingering: bool = False
+    """Processes of the ranks could not be killed: nothing may be started beside them."""
     progress: bool = False
     """Whether there is a newer checkpoint than at the start."""
     fruitless: int = 0
@@ -55,6 +61,8 @@ class Policy:
     """Whether the job may be put back into the queue."""
     followed: bool
     """A later job of a chain begins when this one ends."""
+    chain: bool = False
+    """The job is one of a chain, whose number of jobs bounds its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +81,12 @@ def decide(ended: Ended, policy: Policy) -> Decision:
         return Decision("cancelled", ended.why, "exit")
     if ended.superseded:
         return Decision("superseded", "another incarnation has taken the run over", "exit")
-    report = ended.report if ended.exit_code == 0 else None
+    report = ended.report
     if report is not None and report["outcome"] == "finished":
-        return Decision("finished", f"trained all {report['step']} steps", "exit")
-    if report is not None and not ended.asked:
+        if ended.exit_code == 0:
+            return Decision("finished", f"trained all {report['step']} steps", "exit")
+        report = None  # other ranks may fail after the first one has written it; all have saved where it says stopped
+    if report is not None and (not ended.asked or report.get("why") == STOP):
         return Decision("stopped", f"stopped after step {report['step']}: {report.get('why', '')}", "exit")
     if ended.gone and ended.bad_nodes:
         return Decision("node_failure", _reason(ended), "exit", REQUEUE)
@@ -86,7 +96,11 @@ def decide(ended: Ended, policy: Policy) -> Decision:
         saved = "the ranks ended without saving"
         if report is not None:
             saved = f"saved at step {report['step']}"
-        elif ended.gone and ended.exit_code is None:
+        elif ended.hang or ended.failure:
+            saved += f" ({_reason(ended)})"
+        elif not ended.checked:
+            saved = "the ranks had not begun"
+        elif ended.exit_code is None:
             saved = "the ranks save if SLURM leaves them the time"
         return _after_request(ended, policy, f"{ended.why}; {saved}", saved=report is not None)
     if ended.gone:
@@ -99,8 +113,11 @@ def decide(ended: Ended, policy: Policy) -> Decision:
 def _after_request(ended: Ended, policy: Policy, reason: str, *, saved: bool) -> Decision:
     if ended.asked == "stopped":
         return Decision("stopped", reason, "exit", DONE if saved else EXHAUSTED)
-    if ended.asked == "time_limit" and policy.followed:
-        return Decision("time_limit", f"{reason}; the next job of the chain goes on", "exit")
+    if ended.asked == "time_limit" and (policy.chain or policy.followed):
+        then = (
+            "the next job of the chain goes on" if policy.followed else "it was the last of its chain; submit it again"
+        )
+        return Decision("time_limit", f"{reason}; {then}", "exit")
     if ended.asked == "time_limit" and _exhausted(ended, policy):
         return Decision("time_limit", _no_more(ended, reason), "exit", EXHAUSTED)
     if ended.gone or not policy.requeue:
@@ -115,7 +132,9 @@ def _after_failure(ended: Ended, policy: Policy) -> Decision:
     reason = _reason(ended) or f"the ranks ended with exit code {ended.exit_code} without saying why"
     if _exhausted(ended, policy):
         return Decision(outcome, _no_more(ended, reason), "exit", EXHAUSTED)
-    if not ended.bad_nodes:
+    if ended.lingering and policy.requeue:
+        reason += "; some of its processes could not be killed, so the job leaves its nodes"
+    elif not ended.bad_nodes:
         return Decision(outcome, reason, "restart")
     if not policy.requeue:
         return Decision(outcome, reason, "exit", REQUEUE)

@@ -20,7 +20,7 @@ class Incarnation:
     """``JOB.RESTART.ATTEMPT``."""
 
     job: str
-    """SLURM's job id, or ``local-PID``."""
+    """SLURM's job id, or ``local-PID-SECONDS``: when it began, too, since in a container every supervisor may be process 1."""
     restart: int
     """How often SLURM restarted the job."""
     attempt: int
@@ -36,6 +36,12 @@ class Incarnation:
         if match is None:
             raise LaunchError(f"{text!r} is not an incarnation; it has the form JOB.RESTART.ATTEMPT, such as 1234.0.1")
         return cls(match[1], int(match[2]), int(match[3]))
+
+
+def last_late_nodes(run_dir: Path) -> set[str]:
+    """The nodes whose ranks were late in the hang that ended the last incarnation; none where it ended in another way."""
+    ends = [record for record in rundir.read_lines(rundir.incarnations_file(run_dir)) if record.get("event") == "end"]
+    return set(ends[-1].get("late_nodes", ())) if ends and ends[-1]["outcome"] == "hang" else set()
 
 
 def record_start(run_dir: Path, incarnation: Incarnation, *, nodes: Sequence[str], step: int) -> None:
@@ -64,6 +70,7 @@ def record_end(
     step: int,
     bad_nodes: Mapping[str, str],
     stragglers: Mapping[str, Any] | None,
+    late_nodes: Sequence[str] = (),
 ) -> None:
     """Append the end of ``incarnation``, whose newest checkpoint is of ``step``."""
     rundir.append_json(
@@ -76,6 +83,7 @@ def record_end(
             "reason": reason,
             "step": step,
             "bad_nodes": dict(bad_nodes),
+            "late_nodes": list(late_nodes),
             "stragglers": dict(stragglers) if stragglers else None,
         },
     )

@@ -56,16 +56,7 @@ def _try(run_dir: Path, incarnation: Incarnation, job_runs: Callable[[str], bool
         held = rundir.read_json(path)
         if held is not None and not _yields(run_dir, held, incarnation, job_runs):
             return held
-        rundir.write_json(
-            path,
-            {
-                "incarnation": str(incarnation),
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "start_tick": start_tick(os.getpid()),
-                "time": round(time.time(), 3),
-            },
-        )
+        rundir.write_json(path, _own(incarnation))
     return None
 
 
@@ -82,18 +73,33 @@ def _yields(
 ) -> bool:
     """Whether the holder is an earlier incarnation of the same job, or gone."""
     other = Incarnation.parse(held["incarnation"])
-    if other.job == incarnation.job:
+    local = other.job.startswith("local-")
+    if other.job == incarnation.job and (not local or _who(held) == _who(_own(incarnation))):
         return (other.restart, other.attempt) <= (incarnation.restart, incarnation.attempt)
-    if not other.job.startswith("local-"):
+    if not local:
         runs = job_runs(other.job)
         if runs is not None:
             return not runs
     elif held["host"] == socket.gethostname():
         return start_tick(held["pid"]) != held["start_tick"]
-    return _silent_for(run_dir, held["incarnation"]) > _SILENT
+    return _silent_for(run_dir, held) > _SILENT
 
 
-def _silent_for(run_dir: Path, incarnation: str) -> float:
-    """Seconds since the last heartbeat of an incarnation; infinite where none is left."""
-    beats = rundir.live_dir(run_dir, incarnation).glob("rank-*.json")
-    return time.time() - max((path.stat().st_mtime for path in beats), default=0.0)
+def _own(incarnation: Incarnation) -> dict[str, Any]:
+    return {
+        "incarnation": str(incarnation),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "start_tick": start_tick(os.getpid()),
+        "time": round(time.time(), 3),
+    }
+
+
+def _who(lease: dict[str, Any]) -> tuple[Any, ...]:
+    return lease["host"], lease["pid"], lease["start_tick"]
+
+
+def _silent_for(run_dir: Path, held: dict[str, Any]) -> float:
+    """Seconds since the last heartbeat of the holder, or since it took the lease: its ranks need a while until they beat."""
+    beats = rundir.live_dir(run_dir, held["incarnation"]).glob("rank-*.json")
+    return time.time() - max([held["time"], *(path.stat().st_mtime for path in beats)])

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megamem_launch.supervise.rank import node_name
+from megamem.observe.heartbeat import node_name
 
 MARK = "megamem-preflight "
 """Begins every line that is meant for the supervisor."""

@@ -7,17 +7,25 @@ then translated. Output goes to the rank's own file below ``RUN_DIR/launch/logs`
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
 from pathlib import Path
 
-from megamem.errors import ExchangeError, LaunchError, MegamemError, machine_sentence
-from megamem.observe.heartbeat import register_dump
+from megamem.errors import (
+    CheckpointError,
+    ExchangeError,
+    LaunchError,
+    MegamemError,
+    OutOfMemoryError,
+    TierError,
+    machine_sentence,
+)
+from megamem.observe.heartbeat import node_name, register_dump
 from megamem.observe.noise import silence_libraries
 from megamem_launch import rundir
 from megamem_launch.config import load_config
@@ -27,6 +35,7 @@ TERMINATE = "terminate-"
 """Prefix of files that say that SLURM sent SIGTERM to the ranks of a node."""
 FAILED = "failed-"
 """Prefix of files that say why a rank failed."""
+_CURABLE = (CheckpointError, ExchangeError, LaunchError, OutOfMemoryError, TierError)
 
 
 def main(argv: list[str]) -> int:
@@ -48,7 +57,7 @@ def main(argv: list[str]) -> int:
 
         pretrain(load_config(config))
     except BaseException as error:
-        sentence, fatal = _describe(error)
+        sentence, fatal = describe(error)
         if isinstance(error, MegamemError) or fatal:
             print(f"megamem train: {sentence}", file=sys.stderr)
         else:
@@ -83,11 +92,6 @@ def limit_threads(ranks: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
 
 
-def node_name() -> str:
-    """What SLURM calls this node; the name of the host elsewhere."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
 def outlive_termination(marker: Path, *, by_parent: bool) -> None:
     """Note SIGTERM in the file ``marker`` in place of ending, since SLURM sends it to all processes of a job that it is about to
     preempt: the supervisor sees the file, and has the ranks save. One from the parent ends this process, unless ``by_parent``:
@@ -116,14 +120,24 @@ def record_failure(live: Path, rank: int, sentence: str, exit_code: int) -> None
         rundir.write_json(path, record)
 
 
-def _describe(error: BaseException) -> tuple[str, bool]:
-    """The error in one line, and whether only a person can mend it."""
-    if isinstance(error, MegamemError):  # that another rank stopped, or took over, is not this one's fault
-        return str(error), not isinstance(error, (ExchangeError, LaunchError))
+def describe(error: BaseException) -> tuple[str, bool]:
+    """The error in one line, and whether only a person can mend it: a new start may well find a file handle valid again, memory
+    free, a device well, or a lock given back that outlived its process for a moment."""
+    if isinstance(error, MegamemError):
+        return str(error), not isinstance(error, _CURABLE) or _refused_for_good(error.__cause__)
     sentence = machine_sentence(error) if isinstance(error, OSError) else None
     if sentence is not None:
-        return sentence, True
+        return sentence, _refused_for_good(error)
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}".rstrip(": "), False
+
+
+def _refused_for_good(error: BaseException | None) -> bool:
+    """Whether a file system said no, here or in what this error comes from, and will say so again."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return machine_sentence(error) is not None and error.errno not in (errno.EIO, errno.EROFS)
+        error = error.__cause__
+    return False
 
 
 def _redirect(path: Path) -> None:

@@ -18,7 +18,7 @@ def ports(incarnation: Incarnation) -> list[int]:
     Jobs that share a node have no port in common unless their numbers are 2000 apart, and starts that follow each other do not
     meet ports that the system still keeps for the one before.
     """
-    number = int(incarnation.job.removeprefix("local-"))
+    number = sum(int(part) for part in incarnation.job.removeprefix("local-").split("-"))
     turn = incarnation.restart + incarnation.attempt
     return [_FIRST + number % _JOBS * _PORTS + (turn + offset) % _PORTS for offset in range(_PORTS)]
 

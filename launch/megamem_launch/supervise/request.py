@@ -25,10 +25,17 @@ class Request:
 
 
 def request_of(
-    number: signal.Signals | None, job: Job | None, submission: Submission, *, local: bool, again: bool
+    number: signal.Signals | None,
+    job: Job | None,
+    submission: Submission,
+    *,
+    local: bool,
+    again: bool,
+    ends: float | None = None,
 ) -> Request | None:
     """The request that a signal makes of a run whose job SLURM describes as ``job`` (None: it does not answer, or ``local``, there
-    is no job); ``again``: one was made before. None where the signal changes nothing.
+    is no job); ``again``: one was made before; ``ends``, when the job's time was over, by its last answer [s since 1970]. None
+    where the signal changes nothing.
 
     ``number`` is None for a SIGTERM that the ranks got and this process did not: srun sends one to ranks that outlive another, so
     only SLURM's own word makes it a request.
@@ -45,6 +52,10 @@ def request_of(
         return Request("stopped", f"interrupted by {name}{', again' if again else ''}", final=again)
     if again:
         return None
+    ends = job.ends if job is not None else ends
+    near = ends is not None and ends - time.time() < slurm.signal_seconds + _EARLY
+    if job is None and number != signal.SIGTERM and near:
+        return Request("time_limit", "the time limit is near")
     if job is None:
         return Request("preempted", f"SLURM sent {name} and does not say why")
     if job.state == "TIMEOUT":
@@ -53,6 +64,9 @@ def request_of(
         return Request("preempted", "preempted by another job")
     if job.state != "RUNNING":
         return Request("preempted", f"SLURM ends the job, which it calls {job.state}")
-    if number != signal.SIGTERM and job.ends is not None and job.ends - time.time() < slurm.signal_seconds + _EARLY:
+    if number != signal.SIGTERM and near:
         return Request("time_limit", "the time limit is near")
-    return Request("preempted", f"asked to make room by {name}")
+    if number == signal.SIGTERM:
+        return Request("preempted", f"asked to make room by {name}")
+    # SLURM itself sends the job's own signal for the two reasons above alone.
+    return Request("preempted", f"asked by a person to make room ({name}, as `megamem launch requeue` sends it)")

@@ -13,11 +13,12 @@ class Signals:
 
     They are blocked, so none ends this process or comes at a bad time. Processes that it starts inherit that: SLURM's commands
     speak to the controller to the end while SLURM sends SIGTERM to all of a job. Others are started with :func:`unblock`. Use it
-    before any thread is started.
+    before any thread is started. A hang-up or interrupt that is ignored, as under nohup, stays ignored.
     """
 
     def __init__(self, *names: str) -> None:
-        self._held = {*LAST_WARNING, *(signal.Signals[f"SIG{name}"] for name in names)}
+        ignored = {number for number in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(number) is signal.SIG_IGN}
+        self._held = {*LAST_WARNING, *(signal.Signals[f"SIG{name}"] for name in names)} - ignored
         signal.pthread_sigmask(signal.SIG_BLOCK, self._held)
 
     def take(self) -> list[signal.Signals]:

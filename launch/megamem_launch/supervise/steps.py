@@ -30,8 +30,8 @@ class Step(Protocol):
         """Send SIGUSR2 to every rank."""
         ...
 
-    def kill(self) -> None:
-        """Kill every rank, stopped ones too; returns when they are gone, or cannot be waited for any longer."""
+    def kill(self) -> bool:
+        """Kill every rank, stopped ones too, and wait until they are gone; False where some still are not after a while."""
         ...
 
 
@@ -52,22 +52,26 @@ class LocalStep:
 
     def ask_for_stacks(self) -> None:
         for rank in self._ranks():
-            rank.send_signal(signal.SIGUSR2)
+            with contextlib.suppress(psutil.Error):
+                rank.send_signal(signal.SIGUSR2)
 
-    def kill(self) -> None:
+    def kill(self) -> bool:
         ranks = self._ranks()
         self._agent.kill()
         self._agent.wait()
         for rank in ranks:
-            rank.kill()
-        psutil.wait_procs(ranks, timeout=_PATIENCE)
+            with contextlib.suppress(psutil.Error):
+                rank.kill()
+        return not psutil.wait_procs(ranks, timeout=_PATIENCE)[1]
 
     def _ranks(self) -> list[psutil.Process]:
-        try:
-            children = psutil.Process(self._agent.pid).children()
-            return [child for child in children if "megamem_launch.supervise.rank" in child.cmdline()]
-        except psutil.NoSuchProcess:
-            return []
+        ranks = []
+        with contextlib.suppress(psutil.Error):
+            for child in psutil.Process(self._agent.pid).children():
+                with contextlib.suppress(psutil.Error):  # it may just have ended
+                    if "megamem_launch.supervise.rank" in child.cmdline():
+                        ranks.append(child)
+        return ranks
 
 
 class SrunStep:
@@ -85,18 +89,27 @@ class SrunStep:
     def ask_for_stacks(self) -> None:
         self._signal("USR2")
 
-    def kill(self) -> None:
+    def kill(self) -> bool:
         self._signal("KILL")
-        if not wait(self._srun, _PATIENCE):  # srun waits for nodes that are lost, which its own end does not change
-            self._srun.kill()
-            self._srun.wait()
+        if wait(self._srun, _PATIENCE):
+            return True
+        self._srun.kill()  # srun waits for nodes that are lost, which its own end does not change
+        self._srun.wait()
+        return not self._listed()
 
     def _signal(self, name: str) -> None:
-        with contextlib.suppress(LaunchError):  # the step is gone, or SLURM does not answer; srun's end tells the rest
+        for step in self._listed():
+            with contextlib.suppress(LaunchError):  # it has ended, or SLURM does not answer; srun's end tells the rest
+                run("scancel", "--quiet", f"--signal={name}", step)
+
+    def _listed(self) -> list[str]:
+        """The step's id, where SLURM says that it is still there."""
+        try:
             listed = run("squeue", "--noheader", "--steps", f"--jobs={self._job}", "--format=%i %j")
-            for step, _, called in (line.strip().partition(" ") for line in listed.splitlines()):
-                if called == self._name:
-                    run("scancel", "--quiet", f"--signal={name}", step)
+        except LaunchError:
+            return []
+        steps = (line.strip().partition(" ") for line in listed.splitlines())
+        return [step for step, _, called in steps if called == self._name]
 
 
 def _of_its_own() -> None:

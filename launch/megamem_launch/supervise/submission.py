@@ -22,6 +22,8 @@ class Submission:
     """``train.steps``."""
     stages: int
     """Pipeline stages."""
+    kind: str = "run"
+    """``run``, ``chain``, ``sweep`` or ``local``."""
     cluster: Cluster
 
 
@@ -39,6 +41,7 @@ def read_submission(folder: Path) -> Submission:
         run_dir=run_dir,
         config=folder / "config.yaml",
         steps=config.train.steps,
+        kind=str(record.get("kind", "run")),
         stages=config.parallel.pipeline_model_parallel_size,
         cluster=load_cluster(folder / "cluster.yaml"),
     )

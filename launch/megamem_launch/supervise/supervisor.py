@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,13 +15,12 @@ from megamem_launch.supervise import exclusion, lease
 from megamem_launch.supervise.allocation import Allocation, SlurmAllocation
 from megamem_launch.supervise.budget import checkpoint_step, fruitless_starts, is_followed
 from megamem_launch.supervise.decide import DONE, EXHAUSTED, FATAL, REQUEUE, Decision, Ended, Policy, decide
-from megamem_launch.supervise.incarnation import Incarnation, record_end, record_start
-from megamem_launch.supervise.rank import FAILED, TERMINATE
-from megamem_launch.supervise.request import Request, request_of
-from megamem_launch.supervise.signals import Signals
+from megamem_launch.supervise.incarnation import Incarnation, last_late_nodes, record_end, record_start
+from megamem_launch.supervise.notices import Notices
+from megamem_launch.supervise.rank import FAILED
 from megamem_launch.supervise.steps import Step
 from megamem_launch.supervise.submission import Submission
-from megamem_launch.supervise.tail import Tail
+from megamem_launch.supervise.tail import STDERR, Tail, put
 from megamem_launch.watch.dumps import collect
 from megamem_launch.watch.stragglers import straggler_report
 from megamem_launch.watch.watchdog import Watchdog
@@ -38,13 +35,13 @@ class Supervisor:
 
     submission: Submission
     allocation: Allocation
-    _signals: Signals = field(init=False)
-    _request: Request | None = field(default=None, init=False)
+    _notices: Notices = field(init=False)
+    _requeued: bool = field(default=False, init=False)
     _recorded: Incarnation | None = field(default=None, init=False)
     _log: Path | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._signals = Signals(self.submission.cluster.slurm.signal)
+        self._notices = Notices(self.submission, self.allocation, self._say)
 
     def run(self) -> int:
         """The exit code (:mod:`decide`)."""
@@ -60,6 +57,7 @@ class Supervisor:
             except LaunchError as error:
                 self._say(str(error))
                 return FATAL
+            rundir.stopped_file(run_dir).unlink(missing_ok=True)
             record_start(run_dir, incarnation, nodes=self.allocation.nodes, step=start)
             ended = self._attempt(incarnation, start, fruitless)
             decision = self._conclude(incarnation, ended)
@@ -77,6 +75,12 @@ class Supervisor:
         if _is_finished(self.submission):
             self._say(f"{run_dir} has trained all {self.submission.steps} steps")
             return DONE
+        stopped = rundir.read_json(rundir.stopped_file(run_dir))
+        if stopped is not None and isinstance(self.allocation, SlurmAllocation):  # to start it here is to go on
+            self._say(
+                f"{run_dir} was ended ({stopped['reason']}); submit it again or `megamem launch requeue` it to go on"
+            )
+            return int(stopped["exit_code"])
         restarts = self.submission.cluster.slurm.restarts
         fruitless = fruitless_starts(run_dir, job, checkpoint_step(run_dir))
         if fruitless > restarts:
@@ -93,8 +97,7 @@ class Supervisor:
     def _say(self, text: str) -> None:
         """Tell the job's output and the incarnation's log."""
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} supervisor: {text}\n"
-        sys.stderr.write(line)
-        sys.stderr.flush()
+        put(STDERR, line.encode())
         if self._log is not None:
             with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
                 file.write(line)
@@ -105,6 +108,7 @@ class Supervisor:
             restarts=slurm.restarts,
             requeue=slurm.requeue and isinstance(self.allocation, SlurmAllocation),
             followed=is_followed(self.submission.run_dir, self.allocation.first.job),
+            chain=self.submission.kind == "chain",
         )
 
     def _attempt(self, incarnation: Incarnation, start: int, fruitless: int) -> Ended:
@@ -115,56 +119,58 @@ class Supervisor:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         ended = Ended(exit_code=None, fruitless=fruitless)
         if self.submission.cluster.slurm.preflight and (incarnation.attempt == 0 or fruitless):
-            found = self.allocation.examine(run_dir, incarnation, self._interrupted)
+            found = self.allocation.examine(run_dir, incarnation, self._notices.look)
             for warning in found.warnings:
                 self._say(warning)
             ended = replace(ended, bad_nodes=found.bad_nodes, unfit=found.unfit, failure=found.failure, checked=False)
-            if self._interrupted() or found.bad_nodes or found.unfit or found.failure:
+            if self._notices.look() or found.bad_nodes or found.unfit or found.failure:
                 return self._explain(ended, self.allocation.job())
             ended = replace(ended, checked=True)
         self._say(f"incarnation {name} starts on {', '.join(self.allocation.nodes)} after step {start}")
         step = self.allocation.start(run_dir, self.submission.config, incarnation)
+        gone = True
         try:
-            ended = self._watch(step, incarnation, ended)
+            ended = self._watch(step, incarnation, ended, start)
         finally:
             if step.poll() is None:
-                step.kill()
+                gone = step.kill()
         progress = checkpoint_step(run_dir) > start
-        ended = replace(ended, report=rundir.read_json(rundir.outcome_file(run_dir, name)), progress=progress)
+        report = rundir.read_json(rundir.outcome_file(run_dir, name))
+        ended = replace(ended, report=report, progress=progress, lingering=not gone)
         if ended.exit_code == 0 and _is_finished(self.submission):
             ended = replace(ended, report={"outcome": "finished", "step": self.submission.steps})
-        self._interrupted()  # a signal and the end of the ranks may come together
+        self._notices.look()  # a signal and the end of the ranks may come together
         return self._explain(ended, self.allocation.job())
 
-    def _watch(self, step: Step, incarnation: Incarnation, ended: Ended) -> Ended:
+    def _watch(self, step: Step, incarnation: Incarnation, ended: Ended, start: int) -> Ended:
         """Until the ranks have ended or must be killed."""
         run_dir, name = self.submission.run_dir, str(incarnation)
         live, slurm = rundir.live_dir(run_dir, name), self.submission.cluster.slurm
         watchdog = Watchdog(
-            live, rundir.dump_dir(run_dir, name), self.submission.cluster.world_size, slurm.hang_seconds or float("inf")
+            live,
+            rundir.dump_dir(run_dir, name),
+            self.submission.cluster.world_size,
+            slurm.hang_seconds or float("inf"),
+            slurm.start_seconds,
         )
         tail, checked, failed_at = Tail(rundir.log_dir(run_dir, name)), 0.0, None
-        told: Request | None = None
+        heeded = 0
         while (code := step.poll()) is None:
             time.sleep(_POLL)
             tail.copy()
-            if self._interrupted(live) and self._request is not told:
-                told = self._request
-                assert told is not None
-                if not told.final:
-                    rundir.write_json(rundir.control_file(run_dir, name), {"request": "stop", "why": told.why})
-                so_far = self._explain(ended, self.allocation.job())
-                if told.final or so_far.gone:  # SLURM kills this process soon
-                    self._conclude(incarnation, so_far)
-                if told.final:
+            if self._notices.look(incarnation) and self._notices.count != heeded:
+                heeded = self._notices.count
+                if self._heed(incarnation, ended, start):
                     return ended
+            self._notices.tell(incarnation)
             if (now := time.monotonic()) - checked < 1.0:
                 continue
             checked = now
             if not lease.is_held(run_dir, incarnation):
                 return replace(ended, superseded=True)
             if hang := watchdog.check(now):
-                return replace(ended, hang=collect(hang, step.ask_for_stacks, stages=self.submission.stages).sentence)
+                verdict = collect(hang, step.ask_for_stacks, stages=self.submission.stages)
+                return self._blame(replace(ended, hang=verdict.sentence, late_nodes=verdict.nodes))
             if _failures(live):
                 failed_at = failed_at or now
                 if now - failed_at > _SETTLE:
@@ -173,35 +179,45 @@ class Supervisor:
         # One that was killed is the cause of errors that others, which lost it, wrote down before its agent did.
         first = min(_failures(live), key=lambda record: (record["exit_code"] >= 0, record["time"]), default=None)
         if first is None:
-            return replace(ended, exit_code=code)
+            logs = rundir.log_dir(run_dir, name)
+            unsaid = f"a rank ended with exit code {FATAL}: its log in {logs} says what must be mended"
+            return replace(ended, exit_code=code, fatal=unsaid if code == FATAL else "")
         sentence = f"rank {first['rank']} on {first['node']}: {first['error']}"
-        fatal = next((r["error"] for r in _failures(live) if r["exit_code"] == 2), "")
-        return replace(ended, exit_code=code, failure=sentence, fatal=fatal)
+        fatal = next((r["error"] for r in _failures(live) if r["exit_code"] == FATAL), "")
+        return replace(ended, exit_code=code, failure=sentence, fatal=fatal if first["exit_code"] >= 0 else "")
 
-    def _interrupted(self, live: Path | None = None) -> bool:
-        """Whether somebody wants the ranks to stop: by a signal to this process, or to the ranks (markers in ``live``)."""
-        received: list[signal.Signals | None] = [*self._signals.take()]
-        markers = list(live.glob(f"{TERMINATE}*")) if live is not None and self._request is None else []
-        for marker in markers:
-            marker.unlink(missing_ok=True)
-        if markers:
-            received.append(None)
-        for number in received:
-            again = self._request is not None
-            local = not isinstance(self.allocation, SlurmAllocation)
-            request = request_of(number, self.allocation.job(), self.submission, local=local, again=again)
-            if request is not None:
-                self._request = request
-                self._say(f"{number.name if number else 'SIGTERM to the ranks'}: {request.why}")
-        return self._request is not None
+    def _blame(self, ended: Ended) -> Ended:
+        """After a hang: nodes whose ranks were late in the one before, too, are not to be used any more."""
+        again = last_late_nodes(self.submission.run_dir) & set(ended.late_nodes) & set(self.allocation.nodes)
+        if not again or not isinstance(self.allocation, SlurmAllocation):
+            return ended
+        return replace(ended, bad_nodes=dict.fromkeys(sorted(again), "its ranks were late in two hangs in a row"))
+
+    def _heed(self, incarnation: Incarnation, ended: Ended, start: int) -> bool:
+        """Act on a request, or on a notice that followed it; whether the ranks are to be killed at once."""
+        request = self._notices.request
+        assert request is not None
+        if not request.final:
+            self._notices.tell(incarnation, request.why)
+        job = self.allocation.job()
+        ended = replace(ended, progress=checkpoint_step(self.submission.run_dir) > start)
+        so_far = self._explain(ended, job)
+        late = job is not None and job.state == "TIMEOUT"
+        if (
+            request.final or so_far.gone or late
+        ):  # SLURM kills this process soon, whether or not the ranks have saved by then
+            decision = self._conclude(incarnation, so_far)
+            if late and decision.action == "requeue":
+                self._requeue()
+        return request.final
 
     def _explain(self, ended: Ended, job: Job | None) -> Ended:
         """Add what was asked, and, where nobody asked for the end, what SLURM knows about the cause."""
         gone = job is not None and job.state not in ("RUNNING", "TIMEOUT")
         if rundir.cancelled_file(self.submission.run_dir).exists() or (job is not None and job.state == "CANCELLED"):
             return replace(ended, asked="cancelled", why="cancelled by a person", gone=gone)
-        if self._request is not None:
-            ended = replace(ended, asked=self._request.asked, why=self._request.why)
+        if (request := self._notices.request) is not None:
+            ended = replace(ended, asked=request.asked, why=request.why)
         clean = ended.exit_code == 0 and ended.report is not None
         if not clean and not ended.bad_nodes and not ended.fatal:
             # SLURM starts nothing in a job that is gone: healthy nodes would be blamed.
@@ -212,11 +228,15 @@ class Supervisor:
         """Decide and record how an incarnation ended; what was recorded of it before stays."""
         run_dir, name = self.submission.run_dir, str(incarnation)
         decision = decide(ended, self._policy())
+        if decision.outcome == "stopped" or (decision.exit_code == FATAL and is_followed(run_dir, incarnation.job)):
+            # The next job of a chain, or this one that SLURM has requeued, is not to go on.
+            mark = {"reason": decision.reason, "exit_code": decision.exit_code, "time": round(time.time(), 3)}
+            rundir.write_json(rundir.stopped_file(run_dir), mark)
         if self._recorded == incarnation:
             return decision
         self._recorded = incarnation
         self._say(f"incarnation {name} ended: {decision.outcome}: {decision.reason}")
-        if ended.bad_nodes and decision.outcome in ("node_failure", "preflight"):
+        if ended.bad_nodes and decision.outcome in ("node_failure", "preflight", "hang"):
             exclusion.exclude(run_dir, ended.bad_nodes, name)
         record_end(
             run_dir,
@@ -225,7 +245,10 @@ class Supervisor:
             reason=decision.reason,
             step=checkpoint_step(run_dir),
             bad_nodes=ended.bad_nodes,
-            stragglers=straggler_report(rundir.live_dir(run_dir, name), self.submission.stages),
+            stragglers=straggler_report(
+                rundir.live_dir(run_dir, name), self.submission.stages, self.submission.cluster.world_size
+            ),
+            late_nodes=ended.late_nodes,
         )
         if ended.gone and decision.outcome == "node_failure":
             self._avoid_bad_nodes()
@@ -233,11 +256,19 @@ class Supervisor:
 
     def _requeue(self) -> int:
         assert isinstance(self.allocation, SlurmAllocation)
+        job = None if self._requeued else self.allocation.job()
+        # SLURM revives cancelled jobs too, and somebody may have cancelled this one since it was looked at.
+        if rundir.cancelled_file(self.submission.run_dir).exists() or (job is not None and job.state == "CANCELLED"):
+            self._say("the job was cancelled, so it is not put back into the queue")
+            return DONE
+        if self._requeued or (job is not None and (job.waiting or job.restarts > self.allocation.first.restart)):
+            return REQUEUE
         try:
             self.allocation.slurm.requeue(self.allocation.job_id)
         except LaunchError as error:
             self._say(f"the job could not be put back into the queue: {error}")
         else:
+            self._requeued = True
             self._say("the job is back in the queue")
             self._avoid_bad_nodes()
         return REQUEUE
@@ -254,8 +285,12 @@ class Supervisor:
 
 
 def _failures(live: Path) -> list[dict[str, Any]]:
-    records = (rundir.read_json(path) for path in live.glob(f"{FAILED}*.json"))
-    return [record for record in records if record is not None]
+    records = []
+    with contextlib.suppress(OSError):
+        for path in live.glob(f"{FAILED}*.json"):
+            if (record := rundir.read_json(path)) is not None:
+                records.append(record)
+    return records
 
 
 def _is_finished(submission: Submission) -> bool:

@@ -22,7 +22,8 @@ class Arguments:
     reused when the same request is made again.
 
     Many machines can share the work: `tokenizer` once, `prepare --shard 1/N` to `N/N` side by side, then `merge`. Shares are cut
-    between the files of the sources, and the result is the same, byte for byte. `megamem launch data` does this with SLURM.
+    between the files of the sources; tokenizer, tokens and cluster paths are the same, byte for byte, and the cluster tree has the
+    same fingerprint. `megamem launch data` does this with SLURM.
 
     Examples:
       megamem data prepare configs/quickstart.yaml

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +11,11 @@ import tyro
 
 from megamem.config import at_least
 from megamem.errors import ConfigError
-from megamem_launch.cluster import Cluster, SlurmConfig, save_cluster
-from megamem_launch.config import load_config, save_config
-from megamem_launch.rundir import cancelled_file, write_json
-from megamem_launch.slurm.submit import next_folder
-from megamem_launch.supervise.allocation import LocalAllocation
+from megamem_launch.cluster import Cluster, SlurmConfig
+from megamem_launch.config import load_config
+from megamem_launch.rundir import cancelled_file, next_submission_folder
+from megamem_launch.slurm.submit import Submission, claimed, write_submission
+from megamem_launch.supervise.local import LocalAllocation
 from megamem_launch.supervise.submission import read_submission
 from megamem_launch.supervise.supervisor import Supervisor
 from megamem_launch.validate import validate
@@ -47,8 +46,12 @@ class Arguments:
     """Seconds in which no rank gets on after which all are stopped and started again; 0 waits for ever. A checkpoint may take four
     times as long. Keep it below memory.timeout_seconds, after which ranks fail without saying who was late."""
 
+    start_seconds: int = 900
+    """Seconds without progress that ranks may take before their first step is done: imports, compiling, reading a checkpoint."""
+
     def __post_init__(self) -> None:
         at_least(self, 0, "nproc", "restarts", "hang_seconds")
+        at_least(self, 1, "start_seconds")
 
 
 def main(argv: list[str]) -> int:
@@ -67,22 +70,22 @@ def main(argv: list[str]) -> int:
         ranks_per_node=ranks,
         cpus_per_node=max(ranks, len(os.sched_getaffinity(0))),
         slurm=SlurmConfig(
-            restarts=arguments.restarts, hang_seconds=arguments.hang_seconds, requeue=False, preflight=False
+            restarts=arguments.restarts,
+            hang_seconds=arguments.hang_seconds,
+            start_seconds=arguments.start_seconds,
+            requeue=False,
+            preflight=False,
         ),
     )
-    folder = next_folder(config.run_dir)
-    folder.mkdir(parents=True)
-    save_config(config, folder / "config.yaml")
-    save_cluster(cluster, folder / "cluster.yaml")
-    record = {
-        "run_dir": str(config.run_dir),
-        "config": str(folder / "config.yaml"),
-        "overrides": list(arguments.overrides),
-        "kind": "local",
-        "world_size": ranks,
-        "ranks_per_node": ranks,
-        "nodes": 1,
-        "created": time.time(),
-    }
-    write_json(folder / "submission.json", record)
+    submission = Submission(
+        run_dir=config.run_dir,
+        config=config,
+        cluster=cluster,
+        kind="local",
+        world_size=ranks,
+        overrides=tuple(arguments.overrides),
+    )
+    folder = next_submission_folder(config.run_dir)
+    with claimed(config.run_dir, folder):
+        write_submission(submission, folder, {})
     return Supervisor(read_submission(folder), LocalAllocation.here(cluster)).run()

@@ -31,8 +31,9 @@ class SlurmArguments:
     revision and environment (without secrets) in RUN/launch/submission-N, and submits. The job's supervisor saves and requeues
     it before its time ends, and starts again without the nodes that were lost. What is refused leaves nothing behind.
 
-    --chain N submits N jobs that go on from each other until the run is finished. --sweep FILE submits one array that trains a
-    run for each point; FILE has `grid: {setting: [values]}`, `points: [{setting: value}]`, or both, and `at_once: N`.
+    --chain N submits N jobs that go on from each other until the run is finished or the time of the last one is over. --sweep FILE
+    submits one array that trains a run for each point; FILE has `grid: {setting: [values]}`, `points: [{setting: value}]`, or
+    both, and `at_once: N`.
 
     Examples:
       megamem launch slurm my.yaml --cluster configs/clusters/slurm_8xh100.yaml --dry-run
@@ -73,8 +74,8 @@ class SlurmArguments:
 class DataArguments:
     """Prepare the corpus of a configuration with SLURM: the tokenizer, then an array of shares, then the merge.
 
-    Shares are cut between the files of the sources; the result is that of `megamem data prepare`, byte for byte. Scripts and
-    logs are in data.path + ".parts".
+    Shares are cut between the files of the sources; tokenizer, tokens and cluster paths are those of `megamem data prepare`, byte
+    for byte. Scripts and logs are in data.path + ".parts".
 
     Examples:
       megamem launch data my.yaml --cluster my_cluster.yaml --shards 32 --time 2:00:00
@@ -98,6 +99,8 @@ class DataArguments:
     """Quality of service in place of the description's."""
     settings: Settings = ()
     """Further settings of the cluster to change."""
+    strict: bool = False
+    """Refuse text that is not valid UTF-8, as `megamem data prepare --strict` does."""
     dry_run: bool = False
     """Print the scripts and what SLURM thinks of them; submit and keep nothing."""
 
@@ -127,7 +130,14 @@ def _slurm(arguments: SlurmArguments) -> int:
 def _data(arguments: DataArguments) -> int:
     config = load_config(arguments.config, arguments.overrides)
     cluster = _cluster(arguments)
-    done = launch_data(config, arguments.overrides, cluster, shards=arguments.shards, dry_run=arguments.dry_run)
+    done = launch_data(
+        config,
+        arguments.overrides,
+        cluster,
+        shards=arguments.shards,
+        strict=arguments.strict,
+        dry_run=arguments.dry_run,
+    )
     return _tell(done)
 
 

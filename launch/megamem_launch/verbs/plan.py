@@ -13,7 +13,7 @@ import tyro
 
 from megamem.errors import ConfigError
 from megamem_launch.config import RunConfig, load_config
-from megamem_launch.verbs.parse import parse
+from megamem_launch.verbs.parse import flags_last, parse
 
 if TYPE_CHECKING:
     from megamem_launch.cluster import Cluster
@@ -52,7 +52,7 @@ _CLUSTER = ("nodes", "gpus_per_node", "ranks_per_node", "cpus_per_node", "hardwa
 
 def main(argv: list[str]) -> int:
     """Entry of the verb."""
-    arguments = parse(Arguments, argv, "plan")
+    arguments = parse(Arguments, flags_last(Arguments, argv), "plan")
     if not arguments.config:
         raise ConfigError("no configuration is given; name a YAML file or the directory of a run (see --help)")
     if arguments.top < 0:
@@ -63,18 +63,19 @@ def main(argv: list[str]) -> int:
     cluster = _cluster(arguments.cluster, theirs, config)
     cores = 0 if arguments.cluster else len(os.sched_getaffinity(0))
     _fill_vocabulary(config)
-    from megamem_launch.plan.search import best, plan
+    from megamem_launch.plan.search import Planner
+    from megamem_launch.validate import validate
 
+    planner = Planner(config, cluster, cores=cores)
     own: Plan | None = None
-    problem = ""
     try:
-        own = plan(config, cluster, cores=cores)
+        layout = validate(config, cluster.world_size)
     except ConfigError as error:
-        if not config.model.vocab_size:
-            raise
-        problem = str(error)
-    ranked, seen = best(config, cluster, arguments.top, cores=cores) if arguments.top else ([], 0)
-    refusals = own.refusals if own is not None else [problem]
+        refusals = [str(error)]
+    else:
+        own = planner.plan(config, layout)
+        refusals = own.refusals
+    ranked, seen = planner.best(arguments.top) if arguments.top else ([], 0)
     if arguments.json:
         print(json.dumps(_plain(own, ranked, refusals, cluster), indent=2))
     else:
@@ -93,7 +94,7 @@ def _cluster(path: str, overrides: list[str], config: RunConfig) -> Cluster:
         raise ConfigError(f"{overrides[0]} is a setting of a cluster; name its file with --cluster")
     from megamem_launch.plan.machine import local_cluster
 
-    return local_cluster(config.parallel.nproc)
+    return local_cluster(config.parallel.nproc, Path(config.memory.disk.path or config.runs_dir))
 
 
 def _fill_vocabulary(config: RunConfig) -> None:
@@ -204,7 +205,10 @@ def _print_ranked(console: Any, ranked: list[Plan], seen: int, cluster: Cluster)
 
     near = "device" if cluster.hardware.on_gpu else "host"
     table = Table(
-        title=f"\nthe fastest of {seen} layouts on {cluster.name}", title_justify="left", box=None, pad_edge=False
+        title=f"\nthe {'fastest' if ranked[0].time else 'smallest'} of {seen} layouts on {cluster.name}",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
     )
     for name in (
         "tp",

@@ -15,7 +15,7 @@ from megamem_launch.config import RunConfig, load_config
 from megamem_launch.profile.options import UNDER_NSYS, Options
 from megamem_launch.torchrun import run_ranks
 from megamem_launch.validate import validate
-from megamem_launch.verbs.parse import parse
+from megamem_launch.verbs.parse import flags_last, parse
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Arguments:
     With parallel.nproc above 1 the ranks are started with torchrun on this machine; under torchrun or SLURM start
     `torchrun -m megamem_launch.profile CONFIG` instead.
 
-    Settings come before options. Examples:
+    Examples:
       megamem profile configs/tiny.yaml
       megamem profile configs/tiny.yaml parallel.pipeline_model_parallel_size=2 --nproc 2 --peak-tflops 0.1
       megamem profile configs/tiny.yaml --nproc 2 --sweep "parallel.tensor_model_parallel_size=1,2;train.micro_batch_size=1,2"
@@ -47,7 +47,7 @@ class Arguments:
     nproc: int = 0
     """Ranks to start on this machine; 0 takes parallel.nproc."""
     peak_tflops: float = 0.0
-    """TFLOP/s that one device can do at most, for MFU; 0 takes it from --cluster, and without one there is no MFU."""
+    """TFLOP/s that one device can do at most, for MFU; 0 takes it from --cluster. Without either there are FLOP/s and no MFU."""
     cluster: str = ""
     """Description of the cluster, whose hardware section states the peak."""
     sweep: str = ""
@@ -69,9 +69,12 @@ def main(argv: list[str]) -> int:
         from megamem_launch.plan.ceilings import main as measure_ceilings
 
         return measure_ceilings([argument for argument in argv if argument != "--ceilings"])
-    arguments = parse(Arguments, argv, "profile")
+    arguments = parse(Arguments, flags_last(Arguments, argv), "profile")
     if not arguments.config:
         raise ConfigError("no configuration is given; name a YAML file or the directory of a run (see --help)")
+    if arguments.sweep and (arguments.nsys or arguments.overhead):
+        flag = "--nsys" if arguments.nsys else "--overhead"
+        raise ConfigError(f"{flag} looks at one configuration and --sweep names several; leave one of the two out")
     overrides = [*arguments.overrides, *([f"parallel.nproc={arguments.nproc}"] if arguments.nproc else [])]
     config = load_config(arguments.config, overrides)
     # What the profiler says of itself; torch reads this when it is imported, here and in the ranks.
@@ -104,15 +107,23 @@ def main(argv: list[str]) -> int:
 
 
 def _options(arguments: Arguments, config: RunConfig) -> Options:
-    peak, source = arguments.peak_tflops, "--peak-tflops"
+    peak, source, cluster = arguments.peak_tflops, "--peak-tflops", ""
     if arguments.cluster and not peak:
         from megamem_launch.cluster import load_cluster
 
-        precision = config.train.precision
         hardware = load_cluster(arguments.cluster).hardware
-        if precision == "auto":
-            precision = "bf16" if hardware.on_gpu else "fp32"
-        peak, source = hardware.peak_tflops(precision), f"{arguments.cluster}, {precision}"
+        if arguments.sweep:
+            cluster = arguments.cluster  # points may differ in their precision
+        else:
+            precision = config.train.precision
+            if precision == "auto":
+                precision = "bf16" if hardware.on_gpu else "fp32"
+            peak, source = hardware.peak_tflops(precision), f"{arguments.cluster}, {precision}"
+            if not peak:
+                raise ConfigError(
+                    f"{arguments.cluster} has no hardware.peak_tflops_{precision}, which --cluster takes the peak from; set it, or "
+                    "give --peak-tflops, or leave both out for FLOP/s without MFU"
+                )
     return Options(
         out=Path(arguments.out) if arguments.out else config.run_dir / "profile",
         warmup=arguments.warmup,
@@ -120,6 +131,7 @@ def _options(arguments: Arguments, config: RunConfig) -> Options:
         traced=arguments.traced,
         peak_tflops=peak,
         peak_source=source if peak else "",
+        cluster=cluster,
         checkpoint=arguments.checkpoint,
         nsys=arguments.nsys,
     )

@@ -16,7 +16,7 @@ from megamem.errors import ConfigError
 from megamem_launch.config import RunConfig, load_config
 from megamem_launch.torchrun import run_ranks
 from megamem_launch.validate import validate
-from megamem_launch.verbs.parse import parse
+from megamem_launch.verbs.parse import flags_last, parse
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Arguments:
 
 def main(argv: list[str]) -> int:
     """Entry of the verb."""
-    arguments = parse(Arguments, argv, "train")
+    arguments = parse(Arguments, flags_last(Arguments, argv), "train")
     if arguments.settings:
         print_settings()
         return 0

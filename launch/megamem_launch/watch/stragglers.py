@@ -12,21 +12,24 @@ BUSY = ("data", "plan", "forward", "backward", "dense_step", "row_update")
 """Phases in which a rank works on its own account; in the others it mostly waits for other ranks."""
 SLOW = 1.2
 """A rank is slow when it is busy for so many times the median of its pipeline stage."""
+STEPS = 20
+"""Nobody is called slow before every rank has measured so many: a few steps are noise."""
 
 
-def straggler_report(live: Path, stages: int = 1) -> dict[str, Any]:
+def straggler_report(live: Path, stages: int = 1, world_size: int | None = None) -> dict[str, Any]:
     """Busy seconds per step of every rank and node whose heartbeats are in ``live``, and who is slow.
 
     Ranks are compared within their pipeline stage (``stages`` equal parts of the ranks, in order), since stages hold different
-    layers. The lower median is the measure: of two ranks the faster one. Steps before and including the first that a heartbeat
-    saw do not count. Times are the host's: on an asynchronous device they say who feeds it slowly, not whose device is slow.
+    layers; ``world_size``, the number of ranks, is taken from the heartbeats where it is left out. The lower median is the measure:
+    of two ranks the faster one. Steps before and including the first that a heartbeat saw do not count, and nobody is called slow
+    before :data:`STEPS` more. Times are the host's: on an asynchronous device they say who feeds it slowly, not whose is slow.
 
     Returns:
         ``steps`` (the fewest that any rank measured), ``ranks``: list of ``rank host stage steps busy_seconds ratio``, ``nodes``:
         by host the median ratio of its ranks, ``slow_ranks``, ``slow_nodes`` and ``text``, a sentence, empty where none is slow.
     """
     beats = read_beats(live)
-    world = max(beats, default=0) + 1
+    world = world_size or max(beats, default=0) + 1
     measured = [beat for beat in beats.values() if beat.step > beat.first_step > 0]
     busy = {beat.rank: _busy_seconds(beat) for beat in measured}
     stage_of = {rank: rank * stages // world for rank in busy}
@@ -44,18 +47,20 @@ def straggler_report(live: Path, stages: int = 1) -> dict[str, Any]:
         }
         for beat in measured
     ]
+    steps = min((rank["steps"] for rank in ranks), default=0)
     hosts = sorted({beat.host for beat in measured})
     nodes: dict[str, float] = {
         host: median_low(rank["ratio"] for rank in ranks if rank["host"] == host) for host in hosts
     }
-    slow = sorted((rank for rank in ranks if rank["ratio"] > SLOW), key=lambda rank: -rank["ratio"])
+    bound = SLOW if steps >= STEPS else float("inf")
+    slow = sorted((rank for rank in ranks if rank["ratio"] > bound), key=lambda rank: -rank["ratio"])
     named = ", ".join(f"rank {rank['rank']} ({rank['host']}) {rank['ratio']:.2f}x" for rank in slow[:8])
     return {
-        "steps": min((rank["steps"] for rank in ranks), default=0),
+        "steps": steps,
         "ranks": ranks,
         "nodes": nodes,
         "slow_ranks": [rank["rank"] for rank in slow],
-        "slow_nodes": [host for host, ratio in nodes.items() if ratio > SLOW],
+        "slow_nodes": [host for host, ratio in nodes.items() if ratio > bound],
         "text": f"slower than the median of their stage: {named}" if named else "",
     }
 

@@ -48,7 +48,7 @@ def judge(hang: Hang, reports: list[RankReport], stages: int = 1) -> tuple[list[
     running = [report for report in reports if report.phase != ENDED]
     if not running:
         return [], f"all ranks came to their end {hang.seconds:.0f} s ago, but their processes are still there"
-    late, why = _late(running, stages)
+    late, why = _late(running, stages, hang.world_size)
     others = [report for report in running if report not in late]
     if not late:
         what = _what(running, f"all {len(running)} ranks")
@@ -60,7 +60,7 @@ def judge(hang: Hang, reports: list[RankReport], stages: int = 1) -> tuple[list[
     return [report.rank for report in late], f"{subject} late: {'; '.join(named)}{more}{rest}"
 
 
-def _late(running: list[RankReport], stages: int) -> tuple[list[RankReport], Callable[[RankReport], str]]:
+def _late(running: list[RankReport], stages: int, world: int) -> tuple[list[RankReport], Callable[[RankReport], str]]:
     """The first kind of evidence, from the surest on, that tells some ranks from the others; with how to say it."""
     dead = [report for report in running if not report.answered and report.state in STATES]
     if dead:
@@ -73,7 +73,6 @@ def _late(running: list[RankReport], stages: int) -> tuple[list[RankReport], Cal
         if len(running) == 1 or 0 < len(elsewhere) < len(running):
             behind = _lowest(elsewhere or running, lambda report: report.step)
             return behind, lambda report: f"is {_waits(report)}{_silence(report)}"
-    world = max(report.rank for report in running) + 1
     most: dict[int, int] = {}  # phases that the furthest rank of a stage entered
     for report in running:
         stage = report.rank * stages // world

@@ -28,6 +28,8 @@ class Hang:
     """Ranks that never wrote a record."""
     dumps: Path
     """Where the ranks put their stacks when they are asked."""
+    world_size: int
+    """Ranks of the run, those without a record among them."""
 
 
 class Watchdog:
@@ -84,4 +86,4 @@ class Watchdog:
 
     def _hang(self, kind: Literal["stall", "start"], seconds: float, now: float, missing: tuple[int, ...]) -> Hang:
         silent = {rank: now - heard for rank, heard in self._heard.items()}
-        return Hang(kind, seconds, self.beats, silent, missing, self._dumps)
+        return Hang(kind, seconds, self.beats, silent, missing, self._dumps, self._world_size)

@@ -90,11 +90,3 @@ def test_nothing_needs_more_than_the_repository() -> None:
     for path in files:
         text = path.read_text(encoding="utf-8")
         assert not any(word in text for word in words), path
-
-
-def test_batch_scripts_parse() -> None:
-    scripts = sorted((ROOT / "slurm").glob("*.sbatch"))
-    assert scripts
-    for script in scripts:
-        result = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr

@@ -67,6 +67,11 @@ class Cluster(Slurm):
         self.held = {job.id: job for job in jobs}
         self.orders: list[tuple[str, ...]] = []
         self.stubborn = False
+        self.shown: Job | None = None
+        """What scontrol shows."""
+
+    def job(self, job_id: str) -> Job | None:
+        return self.shown
 
     def jobs(self, job_ids: Sequence[str]) -> list[Job]:
         return [job for job in self.held.values() if {job.id, job.array or job.number} & set(job_ids)]
@@ -322,10 +327,19 @@ def test_jobs_that_prepare_data(run_dir: Path) -> None:
     status = read_status(run_dir, Cluster(merge, *tasks))
     assert (status.state, [j.state for j in status.jobs]) == ("running", ["RUNNING", "PENDING"])
     assert read_status(run_dir, Cluster(merge)).state == "pending"
-    assert read_status(run_dir, Cluster(job("6", "COMPLETED"), tasks[0])).state == "finished"
+    done = Cluster(job("6", "COMPLETED"), tasks[0])
+    assert read_status(run_dir, done).why == "its jobs have ended, and the data is not there"
     broken = job("21", "FAILED", array="5", task="1", exit_code="1:0")
     assert "job 5_1: its script ended with exit code 1" in read_status(run_dir, Cluster(tasks[0], broken)).why
-    assert read_status(run_dir, Cluster()).state == "unknown"
+    assert read_status(run_dir, Cluster()).state == "failed"
+    (run_dir / "data.json").write_text("{}")  # of a directory without the ending .parts it is its own
+    assert read_status(run_dir, done).state == read_status(run_dir, Cluster()).state == "finished"
+    (run_dir / "data.json").unlink()
+    line = {"time": 2.0, "job_id": "30", "submission": "submission-2", "kind": "data", "name": "one", "after": ""}
+    rundir.append_json(rundir.jobs_file(run_dir), line)
+    # The failure is that of the submission before.
+    again = Cluster(tasks[0], broken, job("30", "PENDING", reason="Resources"))
+    assert read_status(run_dir, again).state == "pending"
     directory = rundir.launch_dir(run_dir) / "logs"
     directory.mkdir()
     for task in (10, 9):
@@ -350,9 +364,25 @@ def test_cancel_marks_first_and_is_final(run_dir: Path) -> None:
         cancel([run_dir], stubborn, 0)
 
 
+def test_output_that_a_node_could_not_open(run_dir: Path) -> None:
+    submitted(run_dir, "7")
+    why = "job 7: the node could not open RUN/launch/logs; set runs_dir to a path that all nodes share"
+    cluster = Cluster(job("7", "FAILED", reason="JobLaunchFailure"))
+    cluster.shown = job("7", "FAILED", reason="JobLaunchFailure", exit_code="0:53")
+    status = read_status(run_dir, cluster)
+    assert (status.state, status.why) == ("failed", why)
+    cluster.shown = job("7", "FAILED", reason="JobLaunchFailure", exit_code="0:9")
+    assert "its script was ended by signal 9" in read_status(run_dir, cluster).why
+
+
 def test_requeue_lets_the_supervisor_save(run_dir: Path) -> None:
     submitted(run_dir, "7")
     cluster = Cluster(job("7", "RUNNING"))
+    for begin in (lambda: None, lambda: started(run_dir, "7.0.0")):
+        begin()
+        with pytest.raises(LaunchError, match="has not begun to train"):
+            requeue(run_dir, cluster, now=False)
+    beats(run_dir, "7.0.0")
     assert "asked to save" in requeue(run_dir, cluster, now=False)
     assert "last checkpoint" in requeue(run_dir, cluster, now=True)
     assert cluster.orders == [("signal", "7", "USR2", "True"), ("requeue", "7")]

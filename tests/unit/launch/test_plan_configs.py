@@ -14,7 +14,7 @@ from megamem_launch.config import load_config
 from megamem_launch.plan.hardware import CeilingsConfig, CollectiveCeilings, HardwareConfig, RankCeilings
 from megamem_launch.plan.memory import model_tables
 from megamem_launch.plan.parameters import count_parameters
-from megamem_launch.plan.search import best, plan
+from megamem_launch.plan.search import Planner, plan
 from megamem_launch.verbs.plan import main
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -52,7 +52,7 @@ def test_a_200_gb_table_goes_to_the_host_and_is_refused_on_the_device() -> None:
     config.memory.storage.tier = "device"
     (refusal,) = plan(config, cluster).refusals
     assert refusal.startswith("a rank of stage 0 wants") and "of which tables take" in refusal
-    assert refusal.endswith("hardware.device_memory_gib allows 74.0 GiB")
+    assert refusal.endswith("hardware.device_memory_gib allows 74 GiB")
 
 
 def test_a_plan_that_cannot_fit_ends_with_the_number_and_a_layout_that_can(
@@ -65,7 +65,7 @@ def test_a_plan_that_cannot_fit_ends_with_the_number_and_a_layout_that_can(
     )
     options = ["--cluster", str(cluster), "--top", "1"]
     with pytest.raises(
-        ConfigError, match=r"2 ranks of a node want .* of host memory.*hardware.host_memory_gib allows 0.0 GiB"
+        ConfigError, match=r"2 ranks of a node want .* of host memory.*hardware.host_memory_gib allows 5.12 MiB"
     ):
         main([str(CONFIGS / "tiny.yaml"), *options])
     capsys.readouterr()
@@ -83,10 +83,35 @@ def test_every_recommended_layout_is_legal_and_sorted() -> None:
         )
     )
     config = load_config(CONFIGS / "tiny.yaml", ["model.vocab_size=1024"])
-    ranked, seen = best(config, Cluster(ranks_per_node=4, cpus_per_node=4, hardware=hardware), 20)
+    ranked, seen = Planner(config, Cluster(ranks_per_node=4, cpus_per_node=4, hardware=hardware)).best(20)
     assert seen > 20 and len(ranked) == 20
     speeds = [one.tokens_per_second for one in ranked]
     assert speeds == sorted(speeds, reverse=True)
     for one in ranked:
         again = load_config(CONFIGS / "tiny.yaml", ["model.vocab_size=1024", *one.settings])
         assert Layout.from_config(again.parallel, 4) == one.layout
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ("{ranks: 2, matmul_tflops_fp32: {'64': 1}}", "copy_gb_per_s is 0.0"),
+        ("{ranks: 2, copy_gb_per_s: 8}", "matmul_tflops_fp32 and matmul_tflops_bf16 are empty"),
+        ("{ranks: 2, copy_gb_per_s: 8, matmul_tflops_bf16: {'64': 1}}", "has no matmul_tflops_fp32"),
+    ],
+)
+def test_ceilings_that_no_time_follows_from_are_refused_as_such(tmp_path: Path, entry: str, sentence: str) -> None:
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(
+        f"{{nodes: 1, ranks_per_node: 2, cpus_per_node: 2, hardware: {{ceilings: {{compute: [{entry}]}}}}}}"
+    )
+    with pytest.raises(ConfigError, match=sentence) as refused:
+        main(["--cluster", str(cluster), str(CONFIGS / "tiny.yaml")])
+    assert "does not fit" not in str(refused.value)
+
+
+def test_without_ceilings_the_smallest_are_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    disk = f"memory.disk.path={tmp_path / 'not' / 'yet'}"
+    assert main([str(CONFIGS / "tiny.yaml"), "--top", "2", "parallel.nproc=2", disk]) == 0
+    shown = capsys.readouterr().out
+    assert "the smallest of" in shown and "fastest" not in shown

@@ -49,6 +49,15 @@ def test_ranks_are_those_of_the_gpus_where_nothing_else_is_said() -> None:
         ({"slurm": {"mode": "mpirun"}}, "slurm.mode is 'mpirun'; set one of: torchrun, srun"),
         ({"slurm": {"account": "a\n#SBATCH --uid=0"}}, "set one line"),
         ({"slurm": {"directives": ["--signal=B:USR2@5"]}}, "use slurm.signal and slurm.signal_seconds"),
+        ({"slurm": {"directives": ["--gres=gpu:h100:8"]}}, "use gpus_per_node"),
+        ({"slurm": {"directives": ["--part gpu"]}}, "which the launcher writes itself; use slurm.partition"),
+        ({"slurm": {"signal": "TERM"}}, "slurm.signal is 'TERM'; set one of: USR1, USR2"),
+        ({"slurm": {"setup": ["export HF_TOKEN=abcdefgh"]}}, "setup has what looks like a secret"),
+        ({"slurm": {"directives": ["--comment=ghp_" + "a" * 36]}}, "directives has what looks like a secret"),
+        (
+            {"slurm": {"container": {"kind": "apptainer", "image": "i", "options": ["--env=HF_TOKEN=abcdefgh"]}}},
+            "image and options has what looks like a secret",
+        ),
         ({"slurm": {"directives": ["-N4"]}}, "set long options of sbatch"),
         ({"slurm": {"environment": {"A B": "1"}}}, "set names of variables"),
         ({"slurm": {"environment": {"WANDB_API_KEY": "abc"}}}, "looks like a secret"),
@@ -60,6 +69,12 @@ def test_ranks_are_those_of_the_gpus_where_nothing_else_is_said() -> None:
 def test_bad_descriptions_are_named(data: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
         build_cluster(data, "x")
+
+
+def test_what_the_launcher_leaves_to_the_site() -> None:
+    directives = ["--mail-type=FAIL", "--nodelist=n1", "--time-min=5", "--gpu-freq=low", "--switches=1"]
+    setup = ["export HF_TOKEN=$(cat ~/.token)", 'export MY_PASSWORD="${OTHER}"', "module load cuda"]
+    build_cluster({"slurm": {"directives": directives, "setup": setup}}, "x")
 
 
 def test_missing_file_and_overrides(tmp_path: Path) -> None:
@@ -80,7 +95,7 @@ def test_containers_see_what_the_run_needs() -> None:
     for kind in ("pyxis", "apptainer"):
         data["slurm"]["container"] |= {"kind": kind, "environment": ["HF_HOME"], "options": ["--option"]}  # type: ignore[index]
         cluster = with_mounts(
-            build_cluster(data, "x"), Path("/home/me"), [Path("/home/me/runs"), Path("/data/x"), Path("/a")]
+            build_cluster(data, "x"), Path("/home/me"), [Path("/data/x"), Path("/a")], [Path("/home/me/runs")]
         )
         assert cluster.slurm.container.mounts == ["/data", "/a:/b:ro", "/home/me", "/a"]
         if kind == "pyxis":
@@ -104,6 +119,17 @@ def test_containers_see_what_the_run_needs() -> None:
             assert container_variables(cluster) == {"APPTAINERENV_HF_HOME": "HF_HOME"}
         assert rank_python(cluster, "/venv/python") == "python"
     assert rank_python(build_cluster({}, "x"), "/venv/python") == "/venv/python"
+
+
+def test_what_is_written_needs_a_mount_that_is_not_read_only() -> None:
+    container = {"kind": "pyxis", "image": "i", "mounts": ["/data:/data:ro", "/runs:/runs:ro", "/scratch"]}
+    cluster = with_mounts(
+        build_cluster({"slurm": {"container": container}}, "x"),
+        Path("/scratch/me"),
+        [Path("/data/x")],
+        [Path("/runs"), Path("/scratch/disk")],
+    )
+    assert cluster.slurm.container.mounts == [*container["mounts"], "/runs"]
 
 
 def notes(ranks_per_node: int, nodes: int, *overrides: str) -> list[str]:

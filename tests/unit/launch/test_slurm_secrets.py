@@ -10,7 +10,15 @@ import pytest
 
 from megamem_launch.slurm import capture
 from megamem_launch.slurm.scrub import scrubbed
-from megamem_launch.slurm.secrets import REDACTED, is_secret, redact, redact_text, redact_variables
+from megamem_launch.slurm.secrets import (
+    REDACTED,
+    is_secret,
+    redact,
+    redact_override,
+    redact_text,
+    redact_variables,
+    secret_settings,
+)
 
 HF = "hf_" + "aB3" * 10
 SECRETS = {
@@ -73,6 +81,15 @@ def test_text_loses_secrets_alone() -> None:
     for kept in ("key=lambda item: item.name", "tokens: int", "WANDB_API_KEY", "PATH=/bin", "@host/x"):
         assert kept in found
     assert redact({"a": ["http://u:p@h"], "b": 1}) == {"a": [f"http://{REDACTED}@h"], "b": 1}
+
+
+def test_settings_that_hold_secrets() -> None:
+    sources = [{"path": "a"}, {"options": {"token": "abc", "name": "en"}, "path": "https://me:word@host/x"}]
+    settings = {"data": {"sources": sources}, "model": {"token_dispatcher": "alltoall"}, "tracking": {"uri": HF}}
+    found = ["data.sources[1].options.token", "data.sources[1].path", "tracking.uri"]
+    assert list(secret_settings(settings)) == found
+    assert redact_override("tracking.uri=http://me:word@host") == f"tracking.uri=http://{REDACTED}@host"
+    assert redact_override("model.moe.token_dispatcher=alltoall") == "model.moe.token_dispatcher=alltoall"
 
 
 def test_submissions_inherit_nothing_of_another_job() -> None:

@@ -92,6 +92,10 @@ def test_the_lease_of_another_job_is_taken_only_when_that_job_is_over(tmp_path: 
     with pytest.raises(LaunchError):
         lease.take(tmp_path, Incarnation("9", 0, 0), lambda job: None, patience=0.0)
     os.utime(beat, (time.time() - 120, time.time() - 120))
+    with pytest.raises(LaunchError):  # which it took just now: the beat may be of an earlier attempt
+        lease.take(tmp_path, Incarnation("9", 0, 0), lambda job: None, patience=0.0)
+    held = rundir.read_json(rundir.lease_file(tmp_path)) or {}
+    rundir.write_json(rundir.lease_file(tmp_path), {**held, "time": time.time() - 120})
     lease.take(tmp_path, Incarnation("9", 0, 0), lambda job: None)
 
 
@@ -110,11 +114,23 @@ def test_the_lease_of_a_process_here_ends_with_it(tmp_path: Path) -> None:
     lease.take(tmp_path, mine, lambda job: None, patience=0.0)
 
 
+def test_two_supervisors_that_are_process_1_are_two(tmp_path: Path) -> None:
+    """In containers both are, and may begin within the same second."""
+    mine = Incarnation("local-1-1700000000", 0, 0)
+    lease.take(tmp_path, mine, lambda job: None)
+    held = rundir.read_json(rundir.lease_file(tmp_path)) or {}
+    lease.take(tmp_path, mine, lambda job: None, patience=0.0)
+    rundir.write_json(rundir.lease_file(tmp_path), {**held, "host": "elsewhere"})
+    with pytest.raises(LaunchError, match="on elsewhere"):
+        lease.take(tmp_path, mine, lambda job: None, patience=0.0)
+    assert rendezvous.ports(mine) != rendezvous.ports(Incarnation("local-1-1700000009", 0, 0))
+
+
 def test_incarnations_that_follow_each_other_meet_elsewhere() -> None:
     used = [rendezvous.ports(Incarnation("1234", restart, 0))[0] for restart in range(8)]
     assert len(set(used)) == 8
     assert not set(rendezvous.ports(Incarnation("1234", 0, 0))) & set(rendezvous.ports(Incarnation("1235", 0, 0)))
-    for job in ("1", "999999999", "local-77"):
+    for job in ("1", "999999999", "local-77-1700000000"):
         assert all(1024 < port < 32768 for port in rendezvous.ports(Incarnation(job, 3, 5)))
     with socket.create_server(("", used[0])):
         assert rendezvous.free_port(Incarnation("1234", 0, 0)) == used[1]

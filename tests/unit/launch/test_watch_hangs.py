@@ -147,7 +147,7 @@ def test_ranks_that_ended_give_no_bound_of_their_own(live, dog):
 
 
 def hang_of(reports: list[RankReport], seconds: float = 40.0) -> Hang:
-    return Hang("stall", seconds, {}, {}, (), Path())
+    return Hang("stall", seconds, {}, {}, (), Path(), len(reports))
 
 
 def report(rank: int, **changes) -> RankReport:
@@ -339,7 +339,7 @@ def test_a_verdict_is_given_though_nothing_works(tmp_path):
         raise RuntimeError("the scheduler does not answer")
 
     for dumps in (tmp_path / "dumps", tmp_path / "live" / "rank-00000.json" / "no folder"):
-        hang = Hang("stall", 40.0, beats, {0: 0.5, 1: 0.5}, (), dumps)
+        hang = Hang("stall", 40.0, beats, {0: 0.5, 1: 0.5}, (), dumps, 2)
         verdict = collect(hang, signal_all, timeout=0.1, state=lambda beat: None)
         assert verdict.late == (0,) and verdict.sentence.startswith("rank 0 (node0, pid 4000) is late: it is behind")
     kept = json.loads((tmp_path / "dumps" / HANG_FILE).read_text())
@@ -363,7 +363,7 @@ def test_py_spy_looks_into_a_stopped_process(tmp_path, monkeypatch):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     write_beat(tmp_path / "live", 0)
-    hang = Hang("stall", 40.0, read_beats(tmp_path / "live"), {0: 40.0}, (), tmp_path / "dumps")
+    hang = Hang("stall", 40.0, read_beats(tmp_path / "live"), {0: 40.0}, (), tmp_path / "dumps", 1)
     (tmp_path / "dumps").mkdir()
     verdict = collect(hang, lambda: None, timeout=1.0, state=lambda beat: "T")
     assert "is stopped (SIGSTOP) at megamem/models/norm.py:5 in forward" in verdict.sentence

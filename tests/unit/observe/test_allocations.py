@@ -15,10 +15,9 @@ from megamem.observe.allocations import (
     heap_free_bytes,
     kinds_of,
     peak_of,
-    peak_rss,
     read_profile,
-    reset_peak_rss,
 )
+from megamem.observe.memory import peak_rss, reset_peak_rss
 from megamem.observe.phases import Phases
 from megamem.observe.profiler import bubble, step_times
 

@@ -57,7 +57,7 @@ def test_seconds_count_from_the_step_that_was_seen_first(tmp_path):
     marks, path = Phases(), tmp_path / "rank-00000.json"
     heart = Heartbeat(path, 0, marks, seconds=0.01)
     with marks("forward"):  # the first step compiles
-        time.sleep(0.2)
+        time.sleep(0.5)
     marks.take()
     marks.step = 5
     wait_for(lambda: record(path)["first_step"] == 5)
@@ -68,7 +68,7 @@ def test_seconds_count_from_the_step_that_was_seen_first(tmp_path):
     heart.close()
     last = record(path)
     assert (last["first_step"], last["step"]) == (5, 6)
-    assert 0.03 <= last["seconds"]["forward"] < 0.15
+    assert 0.03 <= last["seconds"]["forward"] < 0.5
 
 
 def test_reads_meet_whole_records_of_one_size(tmp_path):

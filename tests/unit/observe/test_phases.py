@@ -23,9 +23,9 @@ def test_times_are_exclusive_and_add_up() -> None:
     elapsed = time.perf_counter() - began
     assert set(seconds) == {"forward", "pipeline_wait", "other"}
     assert seconds["forward"] >= 0.02 and seconds["pipeline_wait"] >= 0.03 and seconds["other"] >= 0.01
-    assert sum(seconds.values()) == pytest.approx(elapsed, abs=1e-3)
+    assert sum(seconds.values()) == pytest.approx(elapsed, abs=0.02)
     assert all(marks.totals()[name] >= value for name, value in seconds.items())
-    assert sum(marks.take().values()) < 0.01
+    assert sum(marks.take().values()) < 0.05  # what was taken is not counted again
 
 
 def test_an_error_leaves_the_phase() -> None:

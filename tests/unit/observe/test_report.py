@@ -14,7 +14,7 @@ from megamem.memory.stats import StepStats
 from megamem.observe.charts import Series, area_chart, line_chart, smooth, thin
 from megamem.observe.journal import Journal, read_journal
 from megamem.observe.report import build_comparison, build_report
-from megamem.observe.report_events import events_of, marks_of
+from megamem.observe.report_events import events_of, marks_of, spans
 from megamem.observe.report_figures import phase_series
 from megamem.observe.report_numbers import headlines, read_summary, summarize
 from megamem_launch.verbs.inspect import find_run
@@ -285,6 +285,26 @@ def test_what_the_supervisor_tells_is_on_the_time_line_and_in_the_events(run_dir
     assert "node2 <gone>; without node2 from here on" in _Page(html).section("Events")
     strip = re.search(r'<svg class="chart timeline.*?</svg>', html, re.S).group()
     assert strip.count('class="span"') == 2 and strip.count('class="tick-mark trouble"') == 2  # and the kill
+
+
+def test_a_hang_is_one_event_though_journal_and_supervisor_tell_of_it(tmp_path):
+    entries = [
+        {"time": 1.0, "kind": "event", "step": 0, "event": "start"},
+        {"time": 5.0, "kind": "step", "step": 4},
+        {"time": 40.0, "kind": "event", "step": 3, "event": "start"},
+        {"time": 44.0, "kind": "event", "step": 6, "event": "fail"},
+        {"time": 50.0, "kind": "event", "step": 6, "event": "start"},
+        {"time": 51.0, "kind": "step", "step": 7},
+        {"time": 60.0, "kind": "event", "step": 6, "event": "start"},
+    ]
+    (tmp_path / "launch").mkdir()
+    ends = [(30.0, 4, "hang"), (45.0, 6, "crash"), (90.0, 7, "cancelled")]
+    lines = [{"time": time, "event": "end", "outcome": outcome, "step": step} for time, step, outcome in ends]
+    (tmp_path / "launch" / "incarnations.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    events = events_of(tmp_path, entries)
+    assert [event.name for event in events if event.kind == "trouble"] == ["hang", "crash", "killed"]
+    found = [(start, stop, event.name) for start, stop, event in spans(events, 61.0)]
+    assert found == [(1.0, 30.0, "hang"), (40.0, 45.0, "crash"), (50.0, 51.0, "killed"), (60.0, 90.0, "cancelled")]
 
 
 def test_several_runs_are_compared(run_dir, tmp_path):
