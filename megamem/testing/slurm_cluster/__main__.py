@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from megamem.testing.slurm_cluster.cluster import ClusterError, SlurmCluster
+from megamem.testing.slurm_cluster.packages import missing_packages
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +27,11 @@ def main(arguments: list[str] | None = None) -> int:
         parsed.add_argument("directory", type=Path)
         parsed.add_argument("node")
     actions.add_parser("stop", help="kill its processes").add_argument("directory", type=Path)
+    actions.add_parser("missing", help="print the Debian packages that have to be installed first")
     given = parser.parse_args(arguments)
+    if given.action == "missing":
+        print(*missing_packages())
+        return 0
     try:
         if given.action == "start":
             options = {name: getattr(given, name) for name in ("cpus", "memory_mb", "gpus", "isolate")}
