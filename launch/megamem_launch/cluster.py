@@ -191,6 +191,20 @@ class Cluster:
             )
 
     @property
+    def time_seconds(self) -> int | None:
+        """``slurm.time`` in seconds; None where it is the partition's, or none."""
+        time = self.slurm.time
+        if not time or time.upper() == "UNLIMITED" or time == "0":
+            return None
+        days, dash, clock = time.rpartition("-")
+        parts = [int(part) for part in clock.split(":")]
+        if dash:  # hours, hours:minutes, hours:minutes:seconds
+            hours, minutes, seconds = (parts + [0, 0])[:3]
+        else:  # minutes, minutes:seconds, hours:minutes:seconds
+            hours, minutes, seconds = parts if len(parts) == 3 else (0, *(parts + [0])[:2])
+        return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
+
+    @property
     def world_size(self) -> int:
         """Ranks of all nodes."""
         return self.nodes * self.ranks_per_node
@@ -201,8 +215,9 @@ class Cluster:
         return self.cpus_per_node // self.ranks_per_node
 
 
-def load_cluster(path: str | Path, overrides: Sequence[str] = ()) -> Cluster:
-    """Read a description and apply overrides such as ``slurm.partition=gpu``.
+def load_cluster(path: str | Path, overrides: Sequence[str] = (), options: Sequence[str] = ()) -> Cluster:
+    """Read a description and apply overrides such as ``slurm.partition=gpu``. ``options``: what people wrote for each, such as
+    ``--partition gpu``, which errors then name.
 
     Raises:
         ConfigError: there is no such file, or a setting is unknown, of another type, or does not fit the others.
@@ -213,9 +228,17 @@ def load_cluster(path: str | Path, overrides: Sequence[str] = ()) -> Cluster:
             f"no cluster description at {path}; give the YAML file of one, such as those in configs/clusters"
         )
     data = read_yaml(path)
+    if not data:
+        raise ConfigError(f"{path} is empty; describe the cluster in it, as the files in configs/clusters do")
+    stages = [data]
     for text in overrides:
-        data = merge(data, parse_override(text))
-    return build_cluster(data, str(path))
+        stages.append(merge(stages[-1], parse_override(text)))
+    try:
+        return build_cluster(stages[-1], str(path))
+    except ConfigError:
+        for stage, origin in zip(stages, [str(path), *(options or overrides)], strict=True):
+            build_cluster(stage, origin)  # the first that fails is to blame
+        raise
 
 
 def build_cluster(data: dict[str, Any], origin: str) -> Cluster:

@@ -66,6 +66,7 @@ class Requests:
     def obeyed(self, *, finished: bool) -> None:
         """Forget a person's requests, so that the next start trains: the run has saved and ends. A wish to stop that came too late
         to be told to anybody stays, unless there is nothing left to stop."""
+        self._saving = True  # also one that nobody has looked at yet
         self.saved()
         if finished or self.why == STOP:
             with contextlib.suppress(OSError):

@@ -27,13 +27,14 @@ class Setting:
 def settings(cls: type[Any], path: str = "") -> Iterator[Setting]:
     """The settings below a configuration class, in the order of the source."""
     hints, texts = typing.get_type_hints(cls), _field_docstrings(cls)
-    default = cls()
     for field in dataclasses.fields(cls):
         name = f"{path}.{field.name}" if path else field.name
         if dataclasses.is_dataclass(hints[field.name]):
             yield from settings(hints[field.name], name)
         else:
-            yield Setting(name, to_dict(getattr(default, field.name)), texts.get(field.name, ""))
+            factory = field.default_factory  # not the value of an instance, which may have filled it in
+            default = field.default if factory is dataclasses.MISSING else factory()
+            yield Setting(name, to_dict(default), texts.get(field.name, ""))
 
 
 def _field_docstrings(cls: type[Any]) -> dict[str, str]:

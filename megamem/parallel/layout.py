@@ -38,8 +38,8 @@ class Layout:
             context = f" x parallel.context_parallel_size={self.cp}" if self.cp > 1 else ""
             raise ConfigError(
                 f"a world of {self.world_size} ranks does not fit parallel.tensor_model_parallel_size={self.tp} x "
-                f"parallel.pipeline_model_parallel_size={self.pp}{context}; start a multiple of {model} ranks, which "
-                "parallel.nproc sets on this machine"
+                f"parallel.pipeline_model_parallel_size={self.pp}{context}; start a multiple of {model} ranks, by "
+                "parallel.nproc on this machine, by nodes or ranks_per_node on a cluster"
             )
         if self.stage_size % (self.etp * self.ep):
             experts = f"parallel.expert_model_parallel_size={self.ep}"

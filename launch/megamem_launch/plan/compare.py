@@ -8,7 +8,6 @@ the median time of a step. The plan comes from the ceilings of ``--hardware``, o
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -19,10 +18,8 @@ from typing import Any
 from megamem.config import build
 from megamem.errors import ConfigError
 from megamem.files import write_text
-from megamem_launch.cluster import Cluster
-from megamem_launch.config import load_config, read_yaml, save_config
+from megamem_launch.config import load_config, read_yaml
 from megamem_launch.plan.hardware import HardwareConfig
-from megamem_launch.torchrun import run_ranks
 from megamem_launch.verbs.parse import parse
 
 _TP, _PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
@@ -74,7 +71,6 @@ BASE: dict[str, Any] = {
     "checkpoint": {"interval": 0},
     "tracking": {"mlflow": False},
 }
-_WARM_UP = 2
 
 
 @dataclass
@@ -117,35 +113,30 @@ def main(argv: list[str]) -> int:
 
 def compare(name: str, hardware: HardwareConfig, data: Path) -> dict[str, Any]:
     """Plan and run one of :data:`LAYOUTS`; peak of the fullest rank in bytes and seconds per step, planned and measured."""
-    from megamem_launch.plan.search import plan
+    from megamem_launch.plan.reference import WARM_UP, plan_layout, run_layout, step_seconds
 
     ranks, overrides = LAYOUTS[name]
-    cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         config = build_config(folder, data, overrides)
-        save_config(config, Path(folder) / "config.yaml")
-        os.environ["OMP_NUM_THREADS"] = str(max(1, cores // ranks))
-        failure = run_ranks(ranks, "megamem_launch.plan.rank", [folder, str(Path(folder) / "config.yaml")])
-        if failure is not None:
-            raise ConfigError(f"the layout {name!r} did not run: {failure.text}")
-        found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("rank-*.json"))]
-    cluster = Cluster(ranks_per_node=ranks, cpus_per_node=max(cores, ranks), hardware=hardware)
-    told = plan(config, cluster, cores=cores)
+        found = run_layout(config, ranks, Path(folder))
+    told, peak = plan_layout(config, hardware, ranks)
     assert told.time is not None
-    saving = max(rank.held.get("saving_host", 0) for rank in told.ranks)  # these runs save nothing
+    steps = found[0]["phases"][WARM_UP:]
     result: dict[str, Any] = {
         "layout": name,
         "ranks": ranks,
         "settings": list(overrides),
         "planned": {
-            "peak_bytes": told.peak("host") - saving,
+            "peak_bytes": peak["host"],
             "step_seconds": told.time.seconds,
             "parts": told.time.parts,
         },
         "measured": {
             "peak_bytes": max(rank["peak_bytes"] for rank in found),
-            "step_seconds": statistics.median(found[0]["seconds"][_WARM_UP:]),
-            "phases": {phase: seconds / len(found[0]["seconds"]) for phase, seconds in found[0]["phases"].items()},
+            "started_bytes": max(rank["started_bytes"] for rank in found),
+            "built_bytes": max(rank["built_bytes"] for rank in found),
+            "step_seconds": step_seconds(found[0]),
+            "phases": {phase: statistics.median(step.get(phase, 0.0) for step in steps) for phase in steps[-1]},
         },
     }
     print(

@@ -13,7 +13,8 @@ CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_a
 
 @dataclass(kw_only=True, slots=True)
 class RankCeilings:
-    """An entry of ``hardware.ceilings.compute``: what each rank gets while ``ranks`` of a node work at once."""
+    """An entry of ``hardware.ceilings.compute``: what each rank gets, by the time that it has its cores, while ``ranks`` of a node
+    work at once. More ranks than cores take turns, which is not in these rates."""
 
     ranks: int
     """Ranks of one node that compute at the same time."""
@@ -38,10 +39,12 @@ class RankCeilings:
     """Time of one transformer layer, forward and backward, with next to nothing to compute: the interpreter and launches."""
     expert_overhead_ms: float = 0.0
     """The same of one expert."""
+    efficiency: float = 1.0
+    """Share of the rates above that a step reaches: measured on a reference model, trained by as many ranks."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "ranks", "threads")
-        above_zero(self, "copy_gb_per_s")
+        above_zero(self, "copy_gb_per_s", "efficiency")
         rates = (
             "attention_tflops",
             "gather_gb_per_s",
@@ -90,7 +93,8 @@ class CeilingsConfig:
     date: str = ""
     """When they were measured."""
     efficiency: float = 1.0
-    """Share of ``compute`` that training is taken to reach: 1 for measured rates, less for those of data sheets."""
+    """Share of ``compute`` that training is taken to reach: 1 for measured rates, whose entries have their own, less for those of
+    data sheets."""
     compute: list[RankCeilings] = field(default_factory=list)
     """Rates of a rank, for some numbers of ranks that work at once."""
     collectives: list[CollectiveCeilings] = field(default_factory=list)
@@ -100,11 +104,12 @@ class CeilingsConfig:
     disk_read_gb_per_s: float = 0.0
     """GB/s of a large file read from the disk, not from the page cache; 0: not known."""
     process_mib: float = 0.0
-    """Host memory of a rank before it holds anything of a model: interpreter and libraries."""
+    """Host memory of a rank that trains, before it holds anything of a model: interpreter, libraries, process groups."""
     kernels_mib: float = 0.0
     """What the compiled kernels of memories add to that."""
     fragmentation: float = 0.0
-    """Share by which the allocator's reserve exceeds what a step has in small blocks (on a GPU in any) at the same time."""
+    """Share by which the allocator's reserve exceeds what a step has in small blocks (on a GPU in any) at the same time: measured
+    on the reference model."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "disk_write_gb_per_s", "disk_read_gb_per_s", "process_mib", "kernels_mib", "fragmentation")

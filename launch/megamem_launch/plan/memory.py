@@ -1,15 +1,17 @@
 """Memory of every rank of a layout, told without building a model: what is held, and the most at any moment of a step.
 
 What is held follows :mod:`megamem.observe.accounting` and :mod:`megamem.parallel.zero_memory` to the byte; those read it off a
-rank that was built. Not all of it exists at the same time, so the peak is the largest of three moments::
+rank that was built. Not all of it exists at the same time, so the peak is the largest of these moments::
 
     forward, backward   gradients + activations + gradients of the logits and of the largest parameter [+ bucket of stage 2]
-    reduce              gradients, a bucket, and averaged gradients of the partition
+    reduce              gradients, a bucket and, among replicas, its copy, and averaged gradients of the partition
     step                averaged gradients of the partition, and once more those of the largest group, flat
+    gather              parameters of the largest group, which gloo gathers beside those that there are
 
 beside parameters, optimizer state, tables and working sets, which stay. On a CPU the C library returns blocks of 32 MiB and more
 to the system at once, and keeps smaller ones, scattered, for later: there the peak is that of the small ones, times
-``1 + hardware.ceilings.fragmentation``, plus that of the large ones.
+``1 + hardware.ceilings.fragmentation``, plus that of the large ones. Partitions and buckets below 32 MiB find no hole among the
+small ones, so the heap grows by them.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from megamem_launch.plan.hardware import HardwareConfig
 from megamem_launch.plan.parameters import Parameter, StageShapes, buffer_elements
 
 _FP32 = 4
-_BUCKET_ELEMENTS = 1 << 24
+BUCKET_ELEMENTS = 1 << 24
 """As :data:`megamem.parallel.gradients.BUCKET_ELEMENTS`, which cannot be imported without megatron-core."""
 _ALIGNMENT = 2
 """Elements per rank that DeepSpeed pads the flat parameters of a group to a multiple of."""
@@ -57,7 +59,7 @@ class RankMemory:
     peak: dict[str, int]
     """By place: the most at any moment of a step."""
     moment: str
-    """When the device, or without one the host, holds the most: ``forward and backward``, ``reduce`` or ``step``."""
+    """When the device, or without one the host, holds the most: ``forward and backward``, ``reduce``, ``step`` or ``gather``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +235,7 @@ def _zero_bytes(
     partition = sum(group.partition for group in groups)
     overlapping = sum(group.overlapping for group in groups)
     elements = sum(p.elements for group in groups for p in group.parameters)
-    bucket = min(_BUCKET_ELEMENTS, elements)
+    bucket = min(BUCKET_ELEMENTS, elements)
     held: Counter[str] = Counter()
     held[f"parameters_{near}"] += width * sum(group.flat for group in groups)
     held[f"parameters_{near}"] += _FP32 * buffer_elements(config.model, layout, place.pp)
@@ -301,7 +303,8 @@ def _peak(
     near = "device" if hardware.on_gpu else "host"
     offload, second = config.optimizer.offload == "host", config.optimizer.zero_stage == 2
     elements = [p.elements for p in parameters]
-    bucket = _FP32 * min(_BUCKET_ELEMENTS, sum(elements))
+    bucket = _FP32 * min(BUCKET_ELEMENTS, sum(elements))
+    copied = bucket if layout.dp * layout.cp > 1 else 0
     partitions = [_FP32 * group.partition for group in groups]
     gradients = held.get(f"gradients_{near}", 0)
     logits = 0
@@ -311,8 +314,8 @@ def _peak(
     passing = gradients + held.get(f"activations_{near}", 0) + logits + work.element_bytes * max(elements)
     averaged, flat = (0, 0) if offload and hardware.on_gpu else (sum(partitions), max(partitions))
     moments = {
-        "forward and backward": passing + (bucket if second else 0),
-        "reduce": (gradients if second else max(0, gradients - averaged)) + averaged + bucket,
+        "forward and backward": passing + (bucket + copied if second else 0),
+        "reduce": (gradients if second else max(0, gradients - averaged)) + averaged + bucket + copied,
         "step": averaged + flat,
     }
     moment = max(moments, key=lambda name: moments[name])
@@ -325,18 +328,19 @@ def _peak(
     if hardware.on_gpu:
         lasting[near] += math.ceil(share * moments[moment])
     else:
-        big = sum(_FP32 * n for n in elements if _FP32 * n >= _HEAP_LIMIT)
-        heap = max(
-            passing - min(big, passing), _FP32 * sum(elements) - big
-        )  # the second: weights before they were flat
+        weights = sum(_FP32 * n for n in elements if _FP32 * n >= _HEAP_LIMIT)
+        largest, softmax = work.element_bytes * max(elements), 2 * logits + logits * _FP32 // work.element_bytes
+        big = weights + (largest if largest >= _HEAP_LIMIT else 0) + (softmax if logits >= _HEAP_LIMIT else 0)
+        before_flat = _FP32 * sum(elements) - weights
+        heap = max(passing - min(big, passing), before_flat)
         blocks = {
-            "forward and backward": [bucket] if second else [],
-            "reduce": [bucket, *partitions],
+            "forward and backward": [big, *([bucket, copied] if second else [])],
+            "reduce": [bucket, copied, *partitions],
             "step": [*partitions, max(partitions)],
+            "gather": [work.element_bytes * max((group.flat for group in groups if group.shards > 1), default=0)],
         }
         large = {name: sum(n for n in sizes if n >= _HEAP_LIMIT) for name, sizes in blocks.items()}
+        grown = max(sum(sizes) - large[name] for name, sizes in blocks.items() if name in ("reduce", "step"))
         moment = max(large, key=lambda name: large[name])
-        lasting[near] += math.ceil(share * heap) + max(
-            large["forward and backward"] + big, large["reduce"], large["step"]
-        )
+        lasting[near] += math.ceil(share * heap) + grown + large[moment]
     return {where: size for where, size in lasting.items() if size}, moment

@@ -28,13 +28,11 @@ from megamem.memory.spec import InitSegment, TableSpec
 from megamem.memory.table import OwnedTable
 from megamem.models.config import ModelConfig, MoEConfig
 from megamem.models.gpt import build_model
-from megamem.observe.accounting import Work, activation_bytes
-from megamem.observe.memory import peak_rss, rss
+from megamem.observe.memory import rss
 from megamem.observe.wire import sent_bytes
 from megamem.parallel import groups as parallel_groups
 from megamem.parallel.layout import Layout
 from megamem_kernels.parallel import set_threads
-from megamem_launch.plan.parameters import stage_parameters
 
 MATMUL_ROWS = (16, 64, 256, 1024)
 _MATMUL_WIDTH = 1024
@@ -47,7 +45,6 @@ _MESSAGES = (1 << 14, 1 << 24)
 
 def measure(device: torch.device, disk: Path) -> dict[str, Any]:
     """All ceilings; the same on every rank. Collective over the world."""
-    process = rss()
     layer, expert = _overheads(device)
     compute: dict[str, Any] = {
         "ranks": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
@@ -55,10 +52,8 @@ def measure(device: torch.device, disk: Path) -> dict[str, Any]:
         "layer_overhead_ms": 1e3 * layer,
         "expert_overhead_ms": 1e3 * expert,
     }
-    after_layers = rss()
     for name, dtype in (("matmul_tflops_fp32", torch.float32), ("matmul_tflops_bf16", torch.bfloat16)):
         compute[name] = {str(rows): _matmul(rows, dtype, device) for rows in MATMUL_ROWS}
-    fragmentation = _fragmentation(device)
     compute["attention_tflops"] = _attention(device)
     compute["elementwise_gb_per_s"] = {str(mib): _elementwise(mib, device) for mib in _ELEMENTWISE_MIB}
     compute["copy_gb_per_s"] = _copy(device)
@@ -72,8 +67,6 @@ def measure(device: torch.device, disk: Path) -> dict[str, Any]:
     return {
         "compute": compute,
         "collectives": collectives,
-        "process_mib": _mean(max(process, after_layers) / 2**20),
-        "fragmentation": _mean(fragmentation),
         "kernels_mib": _mean(max(0, kernels) / 2**20),
         "disk_write_gb_per_s": write * ranks,
         "disk_read_gb_per_s": read * ranks,
@@ -81,19 +74,25 @@ def measure(device: torch.device, disk: Path) -> dict[str, Any]:
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, *, windows: int = _WINDOWS) -> float:
-    """Seconds of one call, while all ranks call it: of each rank its best window, and the mean of them."""
+    """Seconds of one call, while all ranks call it: of each rank its best window, and the mean of them. Ranks that share a core
+    are timed while they have it: how many take turns, the planner knows."""
     run()
+    clock = time.process_time if _crowded() and device.type == "cpu" else time.perf_counter
     best = float("inf")
     for _ in range(windows):
         dist.barrier()
         _wait(device)
-        began, calls = time.perf_counter(), 0
-        while (elapsed := time.perf_counter() - began) < _WINDOW_SECONDS or not calls:
+        began, calls = clock(), 0
+        while (elapsed := clock() - began) < _WINDOW_SECONDS or not calls:
             run()
             _wait(device)
             calls += 1
-        best = min(best, (time.perf_counter() - began) / calls if not elapsed else elapsed / calls)
+        best = min(best, elapsed / calls)
     return _mean(best)
+
+
+def _crowded() -> bool:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > len(os.sched_getaffinity(0))
 
 
 def _wait(device: torch.device) -> None:
@@ -195,39 +194,6 @@ def _training(model: ModelConfig, device: torch.device, *, batch: int, length: i
         yield lambda: gpt(tokens, positions, None, labels=tokens).sum().backward()
     finally:
         parallel_groups.destroy()
-
-
-def _fragmentation(device: torch.device) -> float:
-    """Share by which training a small model takes more than its weights, gradients and activations; of host memory, where a
-    GPU has its own and is asked for what it reserves."""
-    batch, length = 2, 128
-    model = ModelConfig(
-        num_layers=6, hidden_size=512, ffn_hidden_size=1536, num_attention_heads=8, num_query_groups=4, vocab_size=4096
-    )
-    layout = Layout(dist.get_world_size())
-    work = Work(
-        seq_length=length,
-        micro_batch_size=batch,
-        micro_batches=1,
-        element_bytes=4,
-        sequence_parallel=False,
-        recompute="none",
-        device=device.type,
-        attention="sdpa",
-    )
-    elements = [p.elements for p in stage_parameters(model, MemoryConfig(), layout, 0)]
-    logits = 4 * batch * length * model.vocab_size
-    passing = activation_bytes(work, model, MemoryConfig(), layout, 0) + logits + 4 * max(elements)
-    before = _reserved(device)
-    with _training(model, device, batch=batch, length=length) as run:
-        for _ in range(4):
-            run()
-        return max(0.0, (_reserved(device) - before) / (8 * sum(elements) + passing) - 1)
-
-
-def _reserved(device: torch.device) -> int:
-    """Bytes that the allocator had of the system at most."""
-    return torch.cuda.max_memory_reserved() if device.type == "cuda" else peak_rss()
 
 
 def _collective(name: str, device: torch.device) -> dict[str, Any]:

@@ -35,10 +35,9 @@ class Machine:
         threads = 1 if hardware.on_gpu else max(1, cores // ranks)
         self.crowding = 1.0 if hardware.on_gpu else max(1.0, ranks * threads / cores)
         """Ranks that share one core."""
-        crowded = 1.0 if hardware.on_gpu else max(1.0, entry.ranks * entry.threads / cores)
         self._entry = entry
-        self._alone = crowded * hardware.ceilings.efficiency
-        """What a rank gets that has its cores for itself, as a multiple of the entry's rates."""
+        self._share = entry.efficiency * hardware.ceilings.efficiency
+        """Of the entry's rates, what a step reaches."""
         self._matmul = _points(entry.matmul_tflops_bf16 if precision == "bf16" else entry.matmul_tflops_fp32)
         if not self._matmul:
             raise ConfigError(f"hardware.ceilings.compute has no matmul_tflops_{precision}; measure or set it")
@@ -46,40 +45,48 @@ class Machine:
 
     def matmul(self, rows: float, inner: float, columns: float) -> float:
         """Seconds of ``[rows, inner] x [inner, columns]``."""
-        rate = _between(self._matmul, max(1.0, rows)) * _TERA * self._alone
+        rate = _between(self._matmul, max(1.0, rows)) * _TERA * self._share
         return 2 * rows * inner * columns / rate
 
     def attention(self, flops: float) -> float:
         """Seconds of core attention."""
         rate = self._entry.attention_tflops or self._matmul[-1][1]
-        return flops / (rate * _TERA * self._alone)
+        return flops / (rate * _TERA * self._share)
 
     def elementwise(self, elements: float, nbytes: float, times: float) -> float:
         """Seconds of ``times`` reads or writes of ``elements`` numbers, which come in tensors of as many."""
         if not elements:
             return 0.0
         rate = _between(self._elementwise, elements * nbytes / _MIB) if self._elementwise else self._entry.copy_gb_per_s
-        return elements * nbytes * times / (rate * _GIGA * self._alone)
+        return elements * nbytes * times / (rate * _GIGA * self._share)
 
     def copy(self, nbytes: float) -> float:
         """Seconds to read and write ``nbytes`` in all, of large arrays."""
-        return nbytes / (self._entry.copy_gb_per_s * _GIGA * self._alone)
+        return nbytes / (self._entry.copy_gb_per_s * _GIGA * self._share)
+
+    def touch(self, nbytes: float) -> float:
+        """Seconds to get ``nbytes`` anew of the system, in blocks that it had back: what an operation that allocates a large result
+        takes longer than a copy of as many bytes."""
+        if not self._elementwise or self.hardware.on_gpu:
+            return 0.0
+        slower = 3 / self._elementwise[-1][1] - 3 / self._entry.copy_gb_per_s
+        return max(0.0, slower) * nbytes / (_GIGA * self._share)
 
     def gather(self, nbytes: float) -> float:
         """Seconds to read and write ``nbytes`` of rows."""
-        return nbytes / ((self._entry.gather_gb_per_s or self._entry.copy_gb_per_s) * _GIGA * self._alone)
+        return nbytes / ((self._entry.gather_gb_per_s or self._entry.copy_gb_per_s) * _GIGA * self._share)
 
     def row_update(self, nbytes: float) -> float:
         """Seconds to read and write ``nbytes`` of rows and their state."""
-        return nbytes / ((self._entry.row_update_gb_per_s or self._entry.copy_gb_per_s) * _GIGA * self._alone)
+        return nbytes / ((self._entry.row_update_gb_per_s or self._entry.copy_gb_per_s) * _GIGA * self._share)
 
     def layer_overhead(self) -> float:
         """Seconds of a layer that computes next to nothing, forward and backward."""
-        return self._entry.layer_overhead_ms / 1e3 / (1.0 if self.hardware.on_gpu else self._alone)
+        return self._entry.layer_overhead_ms / 1e3 / (1.0 if self.hardware.on_gpu else self._share)
 
     def expert_overhead(self) -> float:
         """The same of an expert."""
-        return self._entry.expert_overhead_ms / 1e3 / (1.0 if self.hardware.on_gpu else self._alone)
+        return self._entry.expert_overhead_ms / 1e3 / (1.0 if self.hardware.on_gpu else self._share)
 
     def collective(
         self, operation: str, nbytes: float, size: int, *, calls: float = 1, span: int | None = None

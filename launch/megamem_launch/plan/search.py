@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -153,6 +154,19 @@ class Planner:
                         except ConfigError:
                             continue
                         yield self.plan(changed, layout, time_misfits=False)
+
+    def nodes_that_fit(self, config: RunConfig) -> int:
+        """The least power of two times the cluster's nodes, up to 16, on which ``config`` fits in its own layout; 0 for none."""
+        for factor in (2, 4, 8, 16):
+            cluster = dataclasses.replace(self._cluster, nodes=factor * self._cluster.nodes)
+            try:
+                layout = validate(config, cluster.world_size)
+            except ConfigError:
+                continue
+            ranks = plan_memory(config, layout, cluster.hardware, tables=self._tables, shapes=self._shapes)
+            if not any(_refusals(ranks, layout, cluster)):
+                return cluster.nodes
+        return 0
 
     def best(self, count: int) -> tuple[list[Plan], int]:
         """The ``count`` fastest layouts that fit (without ceilings, the smallest), and how many were looked at. Of equally fast

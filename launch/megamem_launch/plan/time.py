@@ -5,7 +5,7 @@ collectives by :mod:`megamem_launch.plan.traffic`, and the interpreter's time fo
 compute. Nothing is fitted to a layout. How the parts of a step combine is what the engine does:
 
 - A pipeline takes ``sum over stages (f + b) / vpp + (m - 1 / vpp) max over stages (f + b)`` for ``m`` micro-batches, but no less
-  than all of its work takes on the cores that the ranks of a node share.
+  than all of its work takes on the cores that the ranks of a node share. Collectives were measured on those cores already.
 - Tensor-, context- and expert-parallel collectives stand in the way of a layer; nothing computes meanwhile.
 - Dense gradients are reduced after the last backward pass and parameters gathered after the step: neither is overlapped.
 - Rows are fetched while the step before computes where ``memory.prefetch_depth`` allows it: on a GPU that is hidden behind
@@ -26,6 +26,7 @@ from megamem.observe.flops import core_flops
 from megamem.parallel.layout import Layout
 from megamem_kernels.formats import row_fields
 from megamem_launch.config import RunConfig
+from megamem_launch.plan.memory import BUCKET_ELEMENTS
 from megamem_launch.plan.parameters import Parameter
 from megamem_launch.plan.rates import Machine
 
@@ -98,7 +99,8 @@ def plan_time(
     compute = m * sum(stages[busiest])
     waits = {name: seconds for name, seconds in wires[busiest].items() if seconds}
     # All ranks of a node at once want more than its cores give.
-    crowded = machine.crowding * m * sum(passes) / layout.pp
+    own = m * sum(sum(stage) for stage in stages) / layout.pp
+    crowded = m * sum(passes) / layout.pp + (machine.crowding - 1) * own
     total = max(span, crowded)
     if crowded > span:
         compute = total - sum(waits.values())
@@ -280,8 +282,11 @@ def _dense_seconds(
     # Into a bucket, out of it, and divided there; then two norms read the partition.
     reduce = times * machine.copy(elements * 4 * _FP32 + partition * 2 * _FP32) + machine.copy(partition * _FP32)
     # Flat, clipped, AdamW (four numbers read, three written), rounded.
-    step = machine.copy(partition * (2 + 2 + 7 + 2) * _FP32)
+    step = machine.copy(partition * (2 + 2 + 7 + 2) * _FP32) + machine.touch(partition * _FP32)
     group = layout.dp * layout.cp
+    # Bucket and averaged gradients are allocated in every step, and what several replicas reduce is copied once more.
+    reduce += machine.touch((min(BUCKET_ELEMENTS, elements) + partition) * _FP32)
+    reduce += times * machine.touch(elements * _FP32) if group > 1 else 0.0
     span = layout.stage_size
     return {
         "dense_reduce": machine.crowding * reduce

@@ -20,6 +20,7 @@ from megamem_launch.slurm.reasons import why_waiting
 from megamem_launch.slurm.scheduler import Slurm
 from megamem_launch.slurm.status import is_of, local_supervisor
 from megamem_launch.slurm.submit import SCRIPT, record_job, submit
+from megamem_launch.supervise.budget import checkpoint_step
 from megamem_launch.watch.beats import read_beats
 
 _POLL_SECONDS = 0.5
@@ -29,7 +30,8 @@ _HELD = ("JobHeldUser", "JobHoldMaxRequeue", "MaxRequeueExceeded", "launch_faile
 
 
 def cancel(run_dirs: Sequence[Path], slurm: Slurm, timeout: float) -> list[str]:
-    """End runs for good and wait until nothing of them is left; the jobs and supervisors that were ended.
+    """End runs for good and wait until nothing of them is left; the jobs and supervisors that were ended, none where they were
+    cancelled already.
 
     A run is marked as cancelled before its jobs are, so that nobody who sees one of them end starts it again.
 
@@ -38,6 +40,8 @@ def cancel(run_dirs: Sequence[Path], slurm: Slurm, timeout: float) -> list[str]:
             ``timeout`` seconds. The same call then goes on.
     """
     jobs, supervisors = _living(run_dirs, slurm)
+    if not jobs and not supervisors and rundir.cancelled_file(run_dirs[0]).exists():
+        return []
     if not jobs and not supervisors:
         raise LaunchError(
             f"{run_dirs[0]} has no job and no supervisor that could be cancelled; see `megamem launch status`"
@@ -80,7 +84,7 @@ def requeue(run_dir: Path, slurm: Slurm, *, now: bool) -> str:
         )
     if rundir.cancelled_file(run_dir).exists():
         raise LaunchError(
-            f"{run_dir} was cancelled, which is final for its jobs; to go on from its last checkpoint submit it anew: "
+            f"{run_dir} was cancelled, which is final for its jobs; submit it anew to go on: "
             f"`megamem launch slurm {run_dir} --cluster FILE`"
         )
     if any(line.get("kind") == "data" for line in rundir.read_lines(rundir.jobs_file(run_dir))):
@@ -90,11 +94,19 @@ def requeue(run_dir: Path, slurm: Slurm, *, now: bool) -> str:
     rundir.stopped_file(run_dir).unlink(missing_ok=True)
     living, _ = _living([run_dir], slurm)
     running = next((job for job in living if not job.waiting), None)
+    if running is None:  # what trains obeys it
+        (run_dir / rundir.STOP).unlink(missing_ok=True)
     if running is not None:
         return _requeue_running(run_dir, running, slurm, now=now)
     if living:
         return _release(run_dir, living[0], slurm)
     return _submit_again(run_dir)
+
+
+def goes_on(run_dir: Path) -> str:
+    """Where the next start of a run begins, for the end of a sentence."""
+    step = checkpoint_step(run_dir)
+    return f"goes on from its checkpoint of step {step}" if step else "begins anew, as it has no checkpoint"
 
 
 def job_ids(run_dir: Path) -> list[str]:
@@ -113,7 +125,7 @@ def _requeue_running(run_dir: Path, job: Job, slurm: Slurm, *, now: bool) -> str
         )
     if now:
         slurm.requeue(job.id)
-        return f"job {job.id} is stopped and requeued; it goes on from the last checkpoint"
+        return f"job {job.id} is stopped and requeued; it {goes_on(run_dir)}"
     history = read_history(run_dir)
     if not history or not is_of(history[-1], job) or not read_beats(rundir.live_dir(run_dir, history[-1].incarnation)):
         raise LaunchError(
@@ -154,7 +166,7 @@ def _submit_again(run_dir: Path) -> str:
             record_job(run_dir.parent, own(job), script.parent, "sweep", str(last.get("name", "")))
 
     (job,) = submit([script], load_cluster(folder / "cluster.yaml"), record, options=options)
-    return f"job {own(job)} was submitted; it goes on from the last checkpoint"
+    return f"job {own(job)} was submitted; it {goes_on(run_dir)}"
 
 
 def _last_submission(run_dir: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,14 +94,15 @@ class Known:
     """False for jobs that prepare data, which have no supervisor."""
 
 
-def read_status(run_dir: Path, slurm: Slurm, jobs: Sequence[Job] | None = None) -> Status:
-    """What the run in ``run_dir`` does now. SLURM is asked only about runs that have jobs, and not for ``jobs`` that are given.
+def read_status(run_dir: Path, slurm: Slurm, jobs: Sequence[Job] | None = None, failure: str = "") -> Status:
+    """What the run in ``run_dir`` does now. SLURM is asked only about runs that have jobs, and not for ``jobs`` that are given, or
+    where ``failure`` says why it does not answer.
 
-    Where SLURM does not answer the state is ``unknown`` and ``why`` says so, with what the files of the run tell beside it.
+    Where SLURM does not answer, and no mark in the run says how it ended, the state is ``unknown`` and ``why`` says so, with what
+    the files of the run tell beside it.
     """
     lines = [line for line in rundir.read_lines(rundir.jobs_file(run_dir)) if "job_id" in line]
     ids = [str(line["job_id"]) for line in lines]
-    failure = ""
     try:
         known_jobs = slurm.jobs(ids) if jobs is None else jobs
         jobs = [_with_exit_code(job, slurm) for job in known_jobs if _submitted_as(job, ids)]
@@ -122,10 +123,14 @@ def read_status(run_dir: Path, slurm: Slurm, jobs: Sequence[Job] | None = None) 
         training=any(beat.step > 0 for beat in beats),
         supervised=not data,
     )
-    verdict: tuple[State, str] = ("unknown", failure) if failure else judge(known)
-    state, why = verdict
+    state, why = (_marked(run_dir, known) or ("unknown", failure)) if failure else judge(known)
     if state == "failed" and last is None and not jobs and (word := accounted_state(ids[-1])):
         why += f"; SLURM's accounts call it {word}"
+    stop = rundir.stop_lies(run_dir)
+    if stop and state == "failed" and last is None and all(job.state == "COMPLETED" for job in jobs):
+        state, why = "stopped", stop  # its supervisor ended at once
+    elif stop and state in ("pending", "stopped", "failed"):
+        why = "; ".join(text for text in (why, stop) if text)
     progress = read_progress(run_dir)
     if state != "running":
         progress = Progress(step=progress.step, total_steps=progress.total_steps)
@@ -151,9 +156,22 @@ def read_sweep_status(sweep_dir: Path, points: Sequence[Path], slurm: Slurm) -> 
     try:
         jobs = slurm.jobs([str(line["job_id"]) for line in lines if "job_id" in line])
     except LaunchError as error:
-        unanswered = [read_status(point, slurm, []) for point in points]
-        return [replace(status, state="unknown", why=str(error)) for status in unanswered]
+        return [read_status(point, slurm, [], str(error)) for point in points]
     return [read_status(point, slurm, jobs) for point in points]
+
+
+def _marked(run_dir: Path, known: Known) -> tuple[State, str] | None:
+    """How a run ended by the marks in its directory, while SLURM cannot be asked; None where there is no mark."""
+    if known.local:
+        return judge(known)
+    if known.cancelled:
+        return "cancelled", "SLURM does not say whether all its jobs are gone"
+    if known.finished:
+        return "finished", ""
+    stopped = rundir.read_json(rundir.stopped_file(run_dir))
+    if stopped is None:
+        return None
+    return "failed" if stopped.get("exit_code") else "stopped", str(stopped.get("reason", ""))
 
 
 def running_job(jobs: Sequence[Job]) -> Job | None:

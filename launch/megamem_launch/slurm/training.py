@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,11 @@ from megamem_launch.slurm.submit import (
 )
 from megamem_launch.slurm.topology import check_topology
 from megamem_launch.validate import validate
+
+_EARLY = 60
+"""Seconds that SLURM may send its signal earlier than it was asked to."""
+_LEAST, _LITTLE = 120, 300
+"""Seconds between the start and that signal below which a job is refused, and below which its owner is told."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +89,28 @@ def check_run(config: RunConfig, cluster: Cluster) -> list[str]:
             f"{config.data.path} holds no prepared data; run `megamem data prepare` or `megamem launch data` with this "
             "configuration first"
         )
-    return check_topology(config, layout, cluster)
+    return check_topology(config, layout, cluster) + _check_job(cluster)
+
+
+def _check_job(cluster: Cluster) -> list[str]:
+    """ConfigError where a job would be told to save before it has trained; notes on what is likely to go wrong."""
+    slurm, notes = cluster.slurm, []
+    if slurm.signal_seconds and (limit := cluster.time_seconds) is not None:
+        left = limit - slurm.signal_seconds - _EARLY
+        told = (
+            f"slurm.time={slurm.time} is {limit} s, of which slurm.signal_seconds={slurm.signal_seconds} and up to {_EARLY} s of "
+            "SLURM's own are for saving"
+        )
+        if left < _LEAST:
+            raise ConfigError(
+                f"{told}: a job would only start and save; set slurm.time to at least "
+                f"{-(-(slurm.signal_seconds + _EARLY + _LEAST) // 60)} minutes, or less signal_seconds"
+            )
+        if left < _LITTLE:
+            notes.append(f"{told}, so {left} s are left to start and to train in")
+    if slurm.python and shutil.which(slurm.python) is None:
+        notes.append(f"slurm.python={slurm.python} is no program on this machine; nodes must have it")
+    return notes
 
 
 def check_no_secrets(config: RunConfig) -> None:

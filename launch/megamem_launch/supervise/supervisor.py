@@ -62,6 +62,9 @@ class Supervisor:
             ended = self._attempt(incarnation, start, fruitless)
             decision = self._conclude(incarnation, ended)
             if decision.action == "restart":
+                if stop := rundir.stop_lies(run_dir):
+                    self._say(f"stopped: {stop}")
+                    return DONE
                 incarnation = replace(incarnation, attempt=incarnation.attempt + 1)
                 continue
             return self._requeue() if decision.action == "requeue" else decision.exit_code
@@ -74,6 +77,9 @@ class Supervisor:
             return DONE
         if _is_finished(self.submission):
             self._say(f"{run_dir} has trained all {self.submission.steps} steps")
+            return DONE
+        if stop := rundir.stop_lies(run_dir):
+            self._say(f"stopped: {stop}")
             return DONE
         stopped = rundir.read_json(rundir.stopped_file(run_dir))
         if stopped is not None and isinstance(self.allocation, SlurmAllocation):  # to start it here is to go on

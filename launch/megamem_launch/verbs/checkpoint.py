@@ -52,7 +52,8 @@ def _list(arguments: ListArguments) -> int:
     from megamem_checkpoints.directory import leftovers
     from megamem_checkpoints.listing import disk_usage, list_checkpoints
 
-    directory = _directory(arguments.run)
+    named = arguments.runs_dir / arguments.run
+    directory = _directory(named if named.is_dir() and not arguments.run.exists() else arguments.run)
     found = list_checkpoints(directory)
     unfinished = leftovers(directory)
     size, _ = disk_usage([directory])

@@ -40,12 +40,14 @@ class ListArguments:
     length; `megamem checkpoint verify` reads them too.
 
     Examples:
-      megamem checkpoint ls runs/quickstart
+      megamem checkpoint ls quickstart
       megamem checkpoint ls runs/quickstart --json | jq '.checkpoints[-1].step'
     """
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Directory of a run, or its directory of checkpoints."""
+    """Directory of a run, its name below --runs-dir, or its directory of checkpoints."""
+    runs_dir: Path = Path("runs")
+    """Where runs are kept."""
     json: bool = False
     """Print JSON; sizes are bytes, times seconds since 1970."""
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from megamem_launch.verbs.parse import parse
+from megamem_launch.verbs.parse import parse, print_settings
 
 _MODULES = {
     "slurm": "launch_slurm",
@@ -42,16 +42,24 @@ class Arguments:
       megamem launch slurm my.yaml --cluster my_cluster.yaml --chain 5
       megamem launch local my.yaml --nproc 2
       megamem launch status runs/mine
+      megamem launch --settings
     """
 
     action: Annotated[
         Literal["slurm", "data", "local", "status", "logs", "cancel", "requeue", "history"], tyro.conf.Positional
     ]
     """What to do."""
+    settings: bool = False
+    """Print every setting of a cluster file with its default and what it means, and stop."""
 
 
 def main(argv: list[str]) -> int:
     """Entry of the verb."""
+    if argv == ["--settings"]:
+        from megamem_launch.cluster import Cluster
+
+        print_settings(Cluster)
+        return 0
     if not argv or argv[0] not in _MODULES:
         parse(Arguments, argv[:1], "launch")  # ends the process: help, or what is wrong
     action, rest = argv[0], argv[1:]

@@ -17,7 +17,7 @@ from rich.text import Text
 from megamem.config import at_least
 from megamem.errors import LaunchError
 from megamem.observe.progress import format_count, format_duration
-from megamem_launch.slurm.control import cancel, requeue
+from megamem_launch.slurm.control import cancel, goes_on, requeue
 from megamem_launch.slurm.history import Record, read_history, with_accounting
 from megamem_launch.slurm.launched import find_launched, sweep_points
 from megamem_launch.slurm.logs import Log, find_logs, follow, job_logs
@@ -165,11 +165,15 @@ def _logs(arguments: LogsArguments) -> int:
 def _cancel(arguments: CancelArguments) -> int:
     at_least(arguments, 0, "timeout")
     run_dir = find_launched(arguments.run, Path(arguments.runs_dir))
-    ended = cancel([run_dir, *sweep_points(run_dir)], Slurm(), arguments.timeout)
+    points = sweep_points(run_dir)
+    ended = cancel([run_dir, *points], Slurm(), arguments.timeout)
     if arguments.json:
         print(json.dumps({"run_dir": str(run_dir), "ended": ended}))
+    elif not ended:
+        print(f"{run_dir} was cancelled already")
     else:
-        print(f"{run_dir}: ended {', '.join(ended)}; a new `megamem launch` goes on from its last checkpoint")
+        then = "" if points else f"; a new `megamem launch` {goes_on(run_dir)}"
+        print(f"{run_dir}: ended {', '.join(ended)}{then}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +11,12 @@ from typing import Annotated
 import tyro
 
 from megamem.config import at_least
-from megamem.errors import ConfigError
+from megamem.errors import ConfigError, LaunchError
 from megamem_launch.cluster import Cluster, SlurmConfig
 from megamem_launch.config import load_config
-from megamem_launch.rundir import cancelled_file, next_submission_folder
+from megamem_launch.rundir import cancelled_file, next_submission_folder, stop_lies
 from megamem_launch.slurm.submit import Submission, claimed, write_submission
+from megamem_launch.slurm.training import check_no_jobs
 from megamem_launch.supervise.local import LocalAllocation
 from megamem_launch.supervise.submission import read_submission
 from megamem_launch.supervise.supervisor import Supervisor
@@ -65,6 +67,10 @@ def main(argv: list[str]) -> int:
         raise ConfigError(
             f"{config.run_dir} was cancelled; delete {cancelled_file(config.run_dir)} to go on, or give this run another name"
         )
+    if stop := stop_lies(config.run_dir):
+        raise LaunchError(stop)
+    if shutil.which("squeue"):
+        check_no_jobs(config.run_dir)
     cluster = Cluster(
         name="this machine",
         ranks_per_node=ranks,

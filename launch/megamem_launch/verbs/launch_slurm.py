@@ -142,15 +142,15 @@ def _data(arguments: DataArguments) -> int:
 
 
 def _cluster(arguments: SlurmArguments | DataArguments, nodes: int = 0, mode: str = "") -> Cluster:
-    changed = list(arguments.settings)
+    changed = [(f"--set {text}", text) for text in arguments.settings]
     if nodes:
-        changed.append(f"nodes={nodes}")
+        changed.append((f"--nodes {nodes}", f"nodes={nodes}"))
     if mode:
-        changed.append(f"slurm.mode={mode}")
+        changed.append((f"--mode {mode}", f"slurm.mode={mode}"))
     for name in ("time", "partition", "account", "qos"):
         if value := getattr(arguments, name):
-            changed.append(f"slurm.{name}={_quoted(value)}")
-    return load_cluster(arguments.cluster, changed)
+            changed.append((f"--{name} {value}", f"slurm.{name}={_quoted(value)}"))
+    return load_cluster(arguments.cluster, [text for _, text in changed], [option for option, _ in changed])
 
 
 def _quoted(value: str) -> str:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import sys
+import textwrap
 import typing
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
+
+from megamem.config.describe import settings as describe_settings
 
 T = TypeVar("T")
 
@@ -23,6 +27,13 @@ def parse(arguments: type[T], argv: list[str], verb: str) -> T:
     return tyro.cli(
         arguments, args=argv, prog=f"megamem {verb}", description="", config=(tyro.conf.FlagCreatePairsOff,)
     )
+
+
+def print_settings(cls: type[Any]) -> None:
+    """Print every setting of a configuration class with its default and what it means, in the form that the command line takes."""
+    for setting in describe_settings(cls):
+        print(f"{setting.name}={json.dumps(setting.default)}")
+        print(textwrap.fill(setting.text, 100, initial_indent="    ", subsequent_indent="    "))
 
 
 def flags_last(arguments: type[object], argv: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ from megamem_launch.verbs.parse import flags_last, parse
 
 if TYPE_CHECKING:
     from megamem_launch.cluster import Cluster
-    from megamem_launch.plan.search import Plan
+    from megamem_launch.plan.search import Plan, Planner
 
 
 @dataclass
@@ -71,8 +71,11 @@ def main(argv: list[str]) -> int:
     try:
         layout = validate(config, cluster.world_size)
     except ConfigError as error:
-        refusals = [str(error)]
+        where = f"nodes={cluster.nodes} x ranks_per_node={cluster.ranks_per_node} of cluster {cluster.name}: "
+        illegal = f"{where if arguments.cluster else ''}{error}"
+        refusals = [illegal]
     else:
+        illegal = ""
         own = planner.plan(config, layout)
         refusals = own.refusals
     ranked, seen = planner.best(arguments.top) if arguments.top else ([], 0)
@@ -80,8 +83,11 @@ def main(argv: list[str]) -> int:
         print(json.dumps(_plain(own, ranked, refusals, cluster), indent=2))
     else:
         _print(own, ranked, seen, cluster)
+    if illegal:
+        raise ConfigError(illegal)
     if refusals:
-        raise ConfigError(f"{arguments.config} does not fit {cluster.name}: {'; '.join(refusals)}{_advice(ranked)}")
+        advice = f"set {' '.join(ranked[0].settings)}" if ranked else _more(planner, config, bool(arguments.cluster))
+        raise ConfigError(f"{arguments.config} does not fit {cluster.name}: {'; '.join(refusals)}; {advice}")
     return 0
 
 
@@ -110,8 +116,27 @@ def _fill_vocabulary(config: RunConfig) -> None:
         config.model.vocab_size = config.data.tokenizer.vocab_size
 
 
-def _advice(ranked: list[Plan]) -> str:
-    return f"; set {' '.join(ranked[0].settings)}" if ranked else "; use more nodes, or a smaller model or memory"
+def _more(planner: Planner, config: RunConfig, on_cluster: bool) -> str:
+    """What helps where no layout that was looked at fits."""
+    if not on_cluster:
+        return "use a smaller model or memory"
+    nodes = planner.nodes_that_fit(config)
+    return f"this layout fits nodes={nodes}" if nodes else "use more nodes, or a smaller model or memory"
+
+
+def _notes(own: Plan, cluster: Cluster) -> list[str]:
+    """What the memory of a plan leaves out."""
+    hardware, notes = cluster.hardware, []
+    if not hardware.ceilings.process_mib:
+        notes.append(
+            "the process itself (interpreter, libraries) and what the heap wastes are not in it, as the hardware has no ceilings"
+        )
+    for place, limit in (("host", hardware.host_memory_gib), ("disk", hardware.disk_gib)):
+        if own.peak(place) and not limit:
+            name = "hardware.disk_gib" if place == "disk" else "hardware.host_memory_gib"
+            what = "disk space" if place == "disk" else "host memory"
+            notes.append(f"{what} was not checked against anything, as {name} is 0")
+    return notes
 
 
 def _plain(own: Plan | None, ranked: list[Plan], refusals: list[str], cluster: Cluster) -> dict[str, Any]:
@@ -133,6 +158,7 @@ def _plain(own: Plan | None, ranked: list[Plan], refusals: list[str], cluster: C
         "cluster": cluster.name,
         "ceilings": cluster.hardware.ceilings.source or None,
         "plan": of(own) if own is not None else None,
+        "notes": _notes(own, cluster) if own is not None else [],
         "refusals": refusals,
         "recommended": [of(one) for one in ranked],
     }
@@ -144,6 +170,8 @@ def _print(own: Plan | None, ranked: list[Plan], seen: int, cluster: Cluster) ->
     console = Console(width=max(100, shutil.get_terminal_size((120, 24)).columns))
     if own is not None:
         _print_memory(console, own)
+        for note in _notes(own, cluster):
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
         _print_step(console, own, cluster)
     if ranked:
         _print_ranked(console, ranked, seen, cluster)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import textwrap
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from megamem.config.describe import settings as describe_settings
-from megamem.errors import ConfigError
+from megamem.errors import ConfigError, LaunchError
 from megamem_launch.config import RunConfig, load_config
+from megamem_launch.rundir import stop_lies
 from megamem_launch.torchrun import run_ranks
 from megamem_launch.validate import validate
-from megamem_launch.verbs.parse import flags_last, parse
+from megamem_launch.verbs.parse import flags_last, parse, print_settings
 
 
 @dataclass
@@ -47,11 +45,13 @@ def main(argv: list[str]) -> int:
     """Entry of the verb."""
     arguments = parse(Arguments, flags_last(Arguments, argv), "train")
     if arguments.settings:
-        print_settings()
+        print_settings(RunConfig)
         return 0
     if not arguments.config:
         raise ConfigError("no configuration is given; name a YAML file or the directory of a run (see --help)")
     config = load_config(arguments.config, arguments.overrides)
+    if "WORLD_SIZE" not in os.environ and (stop := stop_lies(config.run_dir)):
+        raise LaunchError(stop)
     if "WORLD_SIZE" not in os.environ and config.parallel.nproc > 1:
         return _torchrun(config, [arguments.config, *arguments.overrides])
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))  # before seconds of imports
@@ -59,13 +59,6 @@ def main(argv: list[str]) -> int:
 
     pretrain(config)
     return 0
-
-
-def print_settings() -> None:
-    """Print every setting of a run, in the form that the command line takes."""
-    for setting in describe_settings(RunConfig):
-        print(f"{setting.name}={json.dumps(setting.default)}")
-        print(textwrap.fill(setting.text, 100, initial_indent="    ", subsequent_indent="    "))
 
 
 def _torchrun(config: RunConfig, arguments: list[str]) -> int:

@@ -94,6 +94,21 @@ def test_errors_are_one_sentence_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_stop_from_before_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "STOP").touch()
+    for verb in (["train"], ["launch", "local"]):
+        assert main([*verb, str(ROOT / "configs/tiny.yaml"), f"runs_dir={tmp_path}", "name=x"]) == 2
+        assert f"remove {tmp_path / 'x' / 'STOP'} to train" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["STOP"]
+
+
+def test_settings_of_a_cluster_file_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", "--settings"]) == 0
+    told = capsys.readouterr().out
+    assert "slurm.signal_seconds=120\n    Seconds before" in told and "\nranks_per_node=0\n" in told
+
+
 def test_export_names_every_target() -> None:
     from megamem_checkpoints.hf.targets import TARGETS
     from megamem_launch.verbs.export import Arguments

@@ -248,6 +248,28 @@ def test_without_an_answer_nothing_is_claimed(
     assert "SLURM did not answer" in capsys.readouterr().out
 
 
+def test_marks_tell_the_end_where_there_is_no_slurm(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    submitted(run_dir, "7")
+    assert read_status(run_dir, Slurm()).state == "unknown"
+    rundir.write_json(rundir.stopped_file(run_dir), {"reason": "stopped by a person", "exit_code": 0})
+    status = read_status(run_dir, Slurm())
+    assert (status.state, status.why) == ("stopped", "stopped by a person")
+    rundir.write_json(rundir.finished_file(run_dir), {"step": 100})
+    assert read_status(run_dir, Slurm()).state == "finished"
+    rundir.write_json(rundir.cancelled_file(run_dir), {"time": 1.0})
+    assert read_status(run_dir, Slurm()).state == "cancelled"
+
+
+def test_a_stop_that_lies_there_is_told(run_dir: Path) -> None:
+    submitted(run_dir, "7")
+    (run_dir / rundir.STOP).touch()
+    waiting = read_status(run_dir, Cluster(job("7", "PENDING", reason="Resources")))
+    assert waiting.state == "pending" and "remove" in waiting.why
+    over = read_status(run_dir, Cluster(job("7", "COMPLETED")))
+    assert over.state == "stopped" and over.why.startswith("STOP lies in")
+
+
 def test_local_runs_need_no_slurm(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -354,8 +376,7 @@ def test_cancel_marks_first_and_is_final(run_dir: Path) -> None:
     cluster = Cluster(job("7", "RUNNING"), job("8", "PENDING"))
     assert cancel([run_dir], cluster, 20) == ["job 7", "job 8"]
     assert cluster.orders == [("cancel", "7", "8")]
-    with pytest.raises(LaunchError, match="no job and no supervisor"):
-        cancel([run_dir], cluster, 20)
+    assert cancel([run_dir], cluster, 20) == []  # it was cancelled already
     with pytest.raises(LaunchError, match="was cancelled, which is final"):
         requeue(run_dir, cluster, now=True)
     stubborn = Cluster(job("7", "COMPLETING"))
@@ -384,7 +405,7 @@ def test_requeue_lets_the_supervisor_save(run_dir: Path) -> None:
             requeue(run_dir, cluster, now=False)
     beats(run_dir, "7.0.0")
     assert "asked to save" in requeue(run_dir, cluster, now=False)
-    assert "last checkpoint" in requeue(run_dir, cluster, now=True)
+    assert "begins anew, as it has no checkpoint" in requeue(run_dir, cluster, now=True)
     assert cluster.orders == [("signal", "7", "USR2", "True"), ("requeue", "7")]
     waiting = Cluster(job("7", "PENDING", reason="Resources"))
     with pytest.raises(LaunchError, match="waits in the queue already: the nodes that it needs are in use"):

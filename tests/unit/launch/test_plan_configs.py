@@ -92,6 +92,38 @@ def test_every_recommended_layout_is_legal_and_sorted() -> None:
         assert Layout.from_config(again.parallel, 4) == one.layout
 
 
+def test_efficiency_slows_compute_and_leaves_collectives() -> None:
+    def parts(ranks: int, efficiency: float) -> dict[str, float]:
+        compute = RankCeilings(ranks=ranks, matmul_tflops_fp32={"64": 0.05}, copy_gb_per_s=5, efficiency=efficiency)
+        links = [CollectiveCeilings(operation="all_gather", ranks=ranks, latency_us=100, gb_per_s=1)]
+        hardware = HardwareConfig(ceilings=CeilingsConfig(compute=[compute], collectives=links))
+        config = load_config(CONFIGS / "tiny.yaml", ["model.vocab_size=1024"])
+        time = plan(config, Cluster(ranks_per_node=ranks, cpus_per_node=ranks, hardware=hardware), cores=2).time
+        assert time is not None
+        return time.parts
+
+    full, half = parts(2, 1.0), parts(2, 0.5)
+    assert half["compute"] == pytest.approx(2 * full["compute"])
+    assert half["dense_gather"] == full["dense_gather"]
+    # Four ranks on two cores have half the work of two, and take turns: their rates are those of a rank that has its core.
+    assert parts(4, 1.0)["compute"] > 0.9 * full["compute"]
+
+
+def test_heap_and_system_blocks_are_counted_apart() -> None:
+    config = load_config(CONFIGS / "tiny.yaml", ["model.vocab_size=1024"])
+
+    def peak(fragmentation: float, vocabulary: int = 1024) -> int:
+        config.model.vocab_size = vocabulary
+        hardware = HardwareConfig(ceilings=CeilingsConfig(fragmentation=fragmentation))
+        return plan(config, Cluster(ranks_per_node=1, cpus_per_node=1, hardware=hardware)).peak("host")
+
+    assert peak(0.5) - peak(0.0) == pytest.approx(peak(1.0) - peak(0.5), abs=2) != 0
+    # An embedding, its gradient and logits beyond 32 MiB are given back to the system: no part of the heap.
+    large = 256 * 1024
+    assert peak(0.0, large) > 2**28
+    assert peak(1.0, large) - peak(0.0, large) < 2 * (peak(1.0) - peak(0.0))
+
+
 @pytest.mark.parametrize(
     ("entry", "sentence"),
     [
@@ -115,3 +147,15 @@ def test_without_ceilings_the_smallest_are_shown(capsys: pytest.CaptureFixture[s
     assert main([str(CONFIGS / "tiny.yaml"), "--top", "2", "parallel.nproc=2", disk]) == 0
     shown = capsys.readouterr().out
     assert "the smallest of" in shown and "fastest" not in shown
+    assert "the process itself" in shown
+
+
+def test_a_layout_that_is_none_is_not_called_too_large() -> None:
+    options = ["--cluster", str(H100), "--top", "0"]
+    with pytest.raises(
+        ConfigError, match=r"^nodes=1 x .*: a world of 8 ranks does not fit .*nodes or ranks_per_node"
+    ) as refused:
+        main([str(CONFIGS / "tiny.yaml"), "parallel.tensor_model_parallel_size=3", *options])
+    assert "tiny.yaml" not in str(refused.value)
+    with pytest.raises(ConfigError, match=r"this layout fits nodes=2$"):
+        main([str(CONFIGS / "engram_27b.yaml"), *options])

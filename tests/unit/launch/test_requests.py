@@ -59,6 +59,12 @@ def test_the_end_of_training_leaves_nothing_to_stop(requests: Requests, tmp_path
     assert not (tmp_path / rundir.STOP).exists()
 
 
+def test_a_wish_to_save_that_nobody_looked_at_goes_with_the_run(requests: Requests, tmp_path: Path) -> None:
+    (tmp_path / rundir.SAVE).touch()
+    requests.obeyed(finished=False)
+    assert not (tmp_path / rundir.SAVE).exists()
+
+
 def test_a_file_system_that_does_not_answer_wants_nothing(requests: Requests, tmp_path: Path) -> None:
     rundir.control_file(tmp_path, "7.0.0").mkdir(parents=True)  # reading it is an OSError
     assert requests.poll() is Request.NONE

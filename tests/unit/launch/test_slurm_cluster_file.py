@@ -90,6 +90,37 @@ def test_missing_file_and_overrides(tmp_path: Path) -> None:
     )
 
 
+def test_errors_name_the_option_that_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("")
+    with pytest.raises(ConfigError, match=r"c\.yaml is empty"):
+        load_cluster(path)
+    path.write_text("nodes: 2\n")
+    with pytest.raises(ConfigError, match=r"^--time noon: slurm: time is 'noon'"):
+        load_cluster(path, ["nodes=3", "slurm.time=noon"], ["--nodes 3", "--time noon"])
+    with pytest.raises(ConfigError, match=r"^nodes=0: nodes is 0"):
+        load_cluster(path, ["nodes=0"])
+    path.write_text("nodes: 0\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml: nodes is 0"):
+        load_cluster(path, ["slurm.requeue=false"])
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("", None),
+        ("UNLIMITED", None),
+        ("90", 5400),
+        ("5:30", 330),
+        ("1:00:10", 3610),
+        ("1-02", 93600),
+        ("2-0:30", 174600),
+    ],
+)
+def test_time_limits_are_read_as_slurm_reads_them(time: str, seconds: int | None) -> None:
+    assert build_cluster({"slurm": {"time": time}}, "x").time_seconds == seconds
+
+
 def test_containers_see_what_the_run_needs() -> None:
     data = {"gpus_per_node": 1, "slurm": {"container": {"image": "i.sqsh", "mounts": ["/data", "/a:/b:ro"]}}}
     for kind in ("pyxis", "apptainer"):

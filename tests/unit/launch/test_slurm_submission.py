@@ -155,6 +155,12 @@ def test_a_run_is_checked_before_a_job_exists(tmp_path: Path) -> None:
         check_run(config, build_cluster({}, "x"))
     (tmp_path / "data.json").write_text("{}")
     assert check_run(config, build_cluster({}, "x")) == []
+    with pytest.raises(
+        ConfigError, match=r"slurm\.time=4 is 240 s, .*only start and save; set slurm\.time to at least 5"
+    ):
+        check_run(config, build_cluster({"slurm": {"time": "4"}}, "x"))
+    short, absent = check_run(config, build_cluster({"slurm": {"time": "6", "python": "/no/python"}}, "x"))
+    assert "so 180 s are left" in short and "/no/python is no program on this machine" in absent
     config.tracking.uri = "http://me:word@host"
     with pytest.raises(ConfigError, match=r"tracking\.uri holds what looks like a secret"):
         check_run(config, build_cluster({}, "x"))

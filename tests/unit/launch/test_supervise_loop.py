@@ -128,6 +128,13 @@ def test_a_person_who_stops_a_chain_stops_its_later_jobs(tmp_path: Path) -> None
     assert [end["outcome"] for end in ends(tmp_path)] == ["stopped"]
 
 
+def test_a_stop_that_lies_there_starts_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / rundir.STOP).touch()
+    run, allocation, slurm = supervisor(tmp_path)
+    assert run.run() == DONE and allocation.starts == 0 and not slurm.requeued
+    assert "stopped: STOP lies in" in capfd.readouterr().err
+
+
 def test_what_a_person_must_mend_ends_the_chain(tmp_path: Path) -> None:
     chain(tmp_path)
     assert supervisor(tmp_path, code=2, kind="chain")[0].run() == FATAL  # and nobody could write down why
