@@ -250,7 +250,7 @@ SCENARIOS = {
     "time limit": Scenario(time_limit, ("time_limit",), saves=True, slow=False),
     "preemption": Scenario(preemption, ("preempted",), saves=True, slurm=(("partition", "low"),)),
     "requeue": Scenario(requeue, ("preempted",), slurm=(("mode", "srun"),)),
-    "node set down": Scenario(node_set_down, ("",)),
+    "node set down": Scenario(node_set_down, ("node_failure",)),
     "power loss": Scenario(power_loss, ("node_failure",), excludes=True),
     "power loss of the supervisor": Scenario(power_loss_of_supervisor, ("",)),
     "power loss, srun": Scenario(power_loss, ("node_failure",), excludes=True, slurm=(("mode", "srun"),)),
