@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
+
+from megamem.config import merge
 
 BASES: dict[str, dict[str, Any]] = {
     # Seconds per run on one core: for tests and for looking around.
@@ -96,42 +99,6 @@ BASES: dict[str, dict[str, Any]] = {
         "optimizer": {"lr": 4e-4, "warmup_steps": 2000},
         "checkpoint": {"interval": 1000, "keep": 3},
     },
-    # The paper's 40B model: the same backbone, and 3.2 times the rows.
-    "engram_40b": {
-        "model": {
-            "num_layers": 30,
-            "hidden_size": 2560,
-            "ffn_hidden_size": 10_240,
-            "num_attention_heads": 32,
-            "num_query_groups": 8,
-            "kv_channels": 128,
-            "vocab_size": 129_280,
-            "untie_embeddings_and_output_weights": True,
-            "moe": {
-                "layers": list(range(1, 30)),
-                "num_experts": 55,
-                "router_topk": 6,
-                "ffn_hidden_size": 1536,
-                "shared_expert_hidden_size": 3072,
-                "router": "sigmoid_bias",
-                "token_dispatcher": "alltoall",
-            },
-        },
-        "memory": {
-            "engram": {
-                "layers": [1, 14],
-                "orders": [2, 3],
-                "heads": 8,
-                "width": 80,
-                "rows_per_head": 7_239_680,
-                "fold_tokens": True,
-            },
-        },
-        "data": {"seq_length": 4096, "tokenizer": {"vocab_size": 129_280}},
-        "train": {"steps": 50_000, "global_batch_size": 1280, "precision": "bf16", "eval_interval": 1000},
-        "optimizer": {"lr": 4e-4, "warmup_steps": 2000},
-        "checkpoint": {"interval": 1000, "keep": 3},
-    },
     # Anchor and bank of "Pretraining with hierarchical memories" (arXiv 2510.02375, section 4), 410M row.
     "hierarchical_410m": {
         "model": {
@@ -209,3 +176,6 @@ BASES: dict[str, dict[str, Any]] = {
         "checkpoint": {"interval": 1000, "keep": 3},
     },
 }
+
+# The Engram paper's 40B model: the backbone of its 27B one, and 3.2 times the rows.
+BASES["engram_40b"] = merge(copy.deepcopy(BASES["engram_27b"]), {"memory": {"engram": {"rows_per_head": 7_239_680}}})

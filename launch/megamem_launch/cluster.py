@@ -209,11 +209,6 @@ class Cluster:
         """Ranks of all nodes."""
         return self.nodes * self.ranks_per_node
 
-    @property
-    def cpus_per_rank(self) -> int:
-        """Cores of one rank."""
-        return self.cpus_per_node // self.ranks_per_node
-
 
 def load_cluster(path: str | Path, overrides: Sequence[str] = (), options: Sequence[str] = ()) -> Cluster:
     """Read a description and apply overrides such as ``slurm.partition=gpu``. ``options``: what people wrote for each, such as

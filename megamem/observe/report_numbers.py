@@ -137,12 +137,15 @@ def further(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def of_kind(entries: list[Entry], kind: str) -> list[Entry]:
+    """The entries of one kind."""
     return [e for e in entries if e["kind"] == kind]
 
 
 def total(entries: list[Entry], key: str) -> float:
+    """Sum of a number over the entries that have it."""
     return float(np.nansum(column(entries, key)))
 
 
 def evaluations(entries: list[Entry], *, blocked: bool) -> list[Entry]:
+    """Validations that came out with a loss, with memories ``blocked`` or not."""
     return [e for e in of_kind(entries, "eval") if e.get("loss") is not None and bool(e.get("blocked")) is blocked]

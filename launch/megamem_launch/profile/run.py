@@ -10,7 +10,6 @@ import shutil
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -249,8 +248,3 @@ def _checkpoint(ranks: list[Any], interval: int) -> dict[str, float]:
         return {}
     slowest = {name: max(time[name] for time in times) for name in times[0]}
     return slowest | ({"blocked_seconds_per_step": slowest["blocked_seconds"] / interval} if interval else {})
-
-
-def read_profile_json(out: Path) -> Profile:
-    """What :func:`profile_rank` wrote."""
-    return dict(json.loads((out / "profile.json").read_text(encoding="utf-8")))
