@@ -23,7 +23,8 @@ from megamem.observe.config import TrackingConfig
 from megamem.observe.journal import plain, read_journal
 from megamem.observe.lineage import Description, describe, tracked_model
 from megamem.observe.tracking_points import Point, Selection, Sync, flatten, numbers, point_of
-from megamem.observe.tracking_session import Session, Status, describe_error, tracking_uri
+from megamem.observe.tracking_session import Session, Status, describe_error
+from megamem.observe.tracking_store import tracking_uri
 
 __all__ = [
     "Point",

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from megamem.observe.config import TrackingConfig
 from megamem.observe.lineage import Description, TrackedData, TrackedModel, code_tags
 from megamem.observe.tracking_points import Point, Selection, Sync, read_run_id, write_run_id
+from megamem.observe.tracking_store import create_database, database_file, tracking_uri
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +30,6 @@ _PARAM_LENGTH = 6000
 _DIGEST_LENGTH = 36
 _KEY_TAG = "megamem.key"
 _PARENT_TAG = "megamem.parent"
-
-
-def tracking_uri(config: TrackingConfig, runs_dir: Path) -> str:
-    """Where measurements go: ``tracking.uri``, or a SQLite file in the directory of runs."""
-    return config.uri or f"sqlite:///{runs_dir.resolve() / 'mlflow.db'}"
 
 
 class Session:
@@ -67,6 +63,7 @@ class Session:
         self._config, self._run_dir, self._sync = config, run_dir, sync
         self._runs_dir = runs_dir or run_dir.parent
         self._uri = tracking_uri(config, self._runs_dir)
+        create_database(self._uri)
         self._client = MlflowClient(tracking_uri=self._uri)
         self._data = description.data
         self._refused: set[str] = set()
@@ -204,7 +201,8 @@ class Session:
         name = self._config.experiment
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
-            artifacts = None if self._config.uri else (self._runs_dir.resolve() / "mlartifacts").as_uri()
+            database = database_file(self._uri)  # MLflow's own choice for one is the directory of the process
+            artifacts = (database.parent / "mlartifacts").as_uri() if database else None
             with contextlib.suppress(MlflowException):  # another run may create it at the same moment
                 self._client.create_experiment(name, artifact_location=artifacts)
             experiment = self._client.get_experiment_by_name(name)

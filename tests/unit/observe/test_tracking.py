@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import math
 import socket
+import subprocess
 import sys
 import time
 
@@ -269,3 +270,22 @@ def test_what_a_run_is_described_by(tmp_path, monkeypatch):
     model = tracked_model(tmp_path)
     assert model.step == 4 and model.path == tmp_path / "checkpoints" / "step_00000004"
     assert model.metrics == {"eval/loss": 2.5}
+
+
+def test_database_whose_making_was_killed_is_made_again(tmp_path):
+    """SQLite does not undo the half of MLflow's tables, which MLflow itself would never open again."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    code = f"from megamem.observe.tracking_store import create_database as create; create({uri!r})"
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not any(path.stat().st_size for path in tmp_path.glob(".mlflow.db-*/mlflow.db")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        process.kill()
+    assert not (tmp_path / "mlflow.db").exists()
+    from mlflow.tracking import MlflowClient
+
+    with subprocess.Popen([sys.executable, "-c", code]) as one, subprocess.Popen([sys.executable, "-c", code]) as other:
+        assert one.wait(120) == other.wait(120) == 0
+    assert MlflowClient(tracking_uri=uri).search_experiments()
+    assert len(list(tmp_path.glob(".mlflow.db-*"))) == 1, "what was killed lies beside it, and nothing else"
