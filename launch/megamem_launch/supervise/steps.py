@@ -15,8 +15,12 @@ from megamem.errors import LaunchError
 from megamem_launch.slurm.client import run
 from megamem_launch.supervise.signals import unblock
 from megamem_launch.supervise.ties import die_with_parent
+from megamem_launch.watch.beats import Beat
+from megamem_launch.watch.process import state_in
 
-_PATIENCE = 15.0  # seconds that killed processes get to be gone
+_PATIENCE = 15.0  # seconds that killed processes get to be gone, and nodes to say how processes are
+_NODES_ASKED = 16
+_END = "end"
 
 
 class Step(Protocol):
@@ -28,6 +32,10 @@ class Step(Protocol):
 
     def ask_for_stacks(self) -> None:
         """Send SIGUSR2 to every rank."""
+        ...
+
+    def states(self, beats: Sequence[Beat]) -> dict[int, str]:
+        """How the processes of ranks on other machines are, as far as these say it: a letter of ``/proc/PID/stat``, or ``gone``."""
         ...
 
     def kill(self) -> bool:
@@ -54,6 +62,9 @@ class LocalStep:
         for rank in self._ranks():
             with contextlib.suppress(psutil.Error):
                 rank.send_signal(signal.SIGUSR2)
+
+    def states(self, beats: Sequence[Beat]) -> dict[int, str]:
+        return {}
 
     def kill(self) -> bool:
         ranks = self._ranks()
@@ -89,6 +100,25 @@ class SrunStep:
     def ask_for_stacks(self) -> None:
         self._signal("USR2")
 
+    def states(self, beats: Sequence[Beat]) -> dict[int, str]:
+        nodes: dict[str, list[Beat]] = {}
+        for beat in beats:
+            nodes.setdefault(beat.host, []).append(beat)
+        asked = {node: _read_stats(node, nodes[node]) for node in sorted(nodes)[:_NODES_ASKED]}
+        found: dict[int, str] = {}
+        deadline = time.monotonic() + _PATIENCE
+        for node, srun in asked.items():
+            try:
+                lines = srun.communicate(timeout=max(0.0, deadline - time.monotonic()))[0].decode().splitlines()
+            except subprocess.TimeoutExpired:
+                srun.kill()
+                srun.communicate()
+                continue
+            if _END in lines:
+                stats = {line.partition(" ")[0]: line for line in lines}
+                found |= {beat.rank: state_in(stats.get(str(beat.pid), ""), beat) for beat in nodes[node]}
+        return found
+
     def kill(self) -> bool:
         self._signal("KILL")
         if wait(self._srun, _PATIENCE):
@@ -110,6 +140,19 @@ class SrunStep:
             return []
         steps = (line.strip().partition(" ") for line in listed.splitlines())
         return [step for step, _, called in steps if called == self._name]
+
+
+def _read_stats(node: str, beats: Sequence[Beat]) -> subprocess.Popen[bytes]:
+    """Print a line of each of these processes, as the kernel of their node knows it, and :data:`_END`."""
+    step = ["srun", "--overlap", "--mpi=none", "--quiet", "--job-name=states", "--nodes=1", "--ntasks=1"]
+    files = " ".join(f"/proc/{beat.pid}/stat" for beat in beats)
+    return subprocess.Popen(
+        [*step, "--cpus-per-task=1", f"--nodelist={node}", "sh", "-c", f"cat {files}; echo {_END}"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=unblock,
+    )
 
 
 def _of_its_own() -> None:

@@ -175,7 +175,7 @@ class Supervisor:
             if not lease.is_held(run_dir, incarnation):
                 return replace(ended, superseded=True)
             if hang := watchdog.check(now):
-                verdict = collect(hang, step.ask_for_stacks, stages=self.submission.stages)
+                verdict = collect(hang, step.ask_for_stacks, elsewhere=step.states, stages=self.submission.stages)
                 return self._blame(replace(ended, hang=verdict.sentence, late_nodes=verdict.nodes))
             if _failures(live):
                 failed_at = failed_at or now

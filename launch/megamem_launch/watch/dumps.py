@@ -6,11 +6,12 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from megamem.files import write_text
+from megamem.observe.heartbeat import node_name
 from megamem_launch.watch.beats import Beat
 from megamem_launch.watch.process import STATES, py_spy, state_here
 from megamem_launch.watch.stacks import Thread, parse_faulthandler, parse_py_spy, place
@@ -40,13 +41,15 @@ def collect(
     signal_all: Callable[[], None],
     timeout: float = 15.0,
     state: Callable[[Beat], str | None] = state_here,
+    elsewhere: Callable[[Sequence[Beat]], dict[int, str]] = lambda beats: {},
     stages: int = 1,
 ) -> Verdict:
     """Have SIGUSR2 sent to every rank by ``signal_all``, wait at most ``timeout`` s until their stacks have come, judge, and
     write everything to :data:`HANG_FILE`.
 
-    ``state`` tells how a rank's process is: a letter of ``/proc/PID/stat``, ``gone``, or None where it cannot be told;
-    ``stages`` are those of the pipeline. Whatever fails on the way, the verdict is made of what is there: it must not keep anybody
+    ``state`` tells how a rank's process is: a letter of ``/proc/PID/stat``, ``gone``, or None where it cannot be told here;
+    ``elsewhere`` tells the same of ranks on other machines, and is asked once, of those that gave no stacks. ``stages`` are
+    those of the pipeline. Whatever fails on the way, the verdict is made of what is there: it must not keep anybody
     from starting the run again.
     """
     before = {rank: len(_dump(hang, rank)) for rank in hang.beats}
@@ -56,6 +59,13 @@ def collect(
     except Exception as error:  # of a scheduler that does not answer, or a process that ended meanwhile
         problem = f"{type(error).__name__}: {error}"
     states = _wait(hang, before, time.monotonic() + timeout, state)
+    mute = [
+        beat for rank, beat in hang.beats.items() if states[rank] is None and len(_dump(hang, rank)) == before[rank]
+    ]
+    try:
+        states |= elsewhere(mute) if mute else {}
+    except Exception as error:
+        problem = problem or f"{type(error).__name__}: {error}"
     reports = [
         _report(hang, beat, _dump(hang, rank)[before[rank] :], states[rank]) for rank, beat in hang.beats.items()
     ]
@@ -111,7 +121,7 @@ def _report(hang: Hang, beat: Beat, dump: bytes, state: str | None) -> RankRepor
 
 
 def _from_outside(hang: Hang, beat: Beat) -> list[Thread]:
-    text = py_spy(beat.pid)
+    text = py_spy(beat.pid) if beat.host == node_name() else None
     if text is None:
         return []
     with contextlib.suppress(OSError):

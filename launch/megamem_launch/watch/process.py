@@ -1,4 +1,4 @@
-"""What the kernel says of a process of this machine."""
+"""What the kernel says of the process of a rank."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from megamem.observe.heartbeat import node_name, start_tick
+from megamem.observe.heartbeat import node_name
 from megamem_launch.watch.beats import Beat
 
 STATES = {
@@ -26,10 +26,15 @@ def state_here(beat: Beat) -> str | None:
     if beat.host != node_name():
         return None
     try:
-        stat = Path(f"/proc/{beat.pid}/stat").read_text()
+        return state_in(Path(f"/proc/{beat.pid}/stat").read_text(), beat)
     except OSError:
         return "gone"
-    return stat.rpartition(")")[2].split()[0] if start_tick(beat.pid) == beat.start_tick else "gone"
+
+
+def state_in(stat: str, beat: Beat) -> str:
+    """The state of a rank, from what ``/proc/PID/stat`` of its machine holds: another process may have its number by now."""
+    fields = stat.rpartition(")")[2].split()  # the name of the command may hold blanks and brackets
+    return fields[0] if len(fields) > 19 and int(fields[19]) == beat.start_tick else "gone"
 
 
 def py_spy(pid: int) -> str | None:

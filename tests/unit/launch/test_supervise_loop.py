@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from megamem_launch.supervise.signals import Signals
 from megamem_launch.supervise.submission import Submission
 from megamem_launch.supervise.supervisor import Supervisor
 from megamem_launch.supervise.tail import STDERR, put
+from megamem_launch.watch.beats import Beat
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,9 @@ class FakeStep:
 
     def ask_for_stacks(self) -> None:
         pass
+
+    def states(self, beats: Sequence[Beat]) -> dict[int, str]:
+        return {}
 
     def kill(self) -> bool:
         return True

@@ -346,6 +346,27 @@ def test_a_verdict_is_given_though_nothing_works(tmp_path):
     assert kept["signal_problem"] == "RuntimeError: the scheduler does not answer"
 
 
+def test_other_machines_are_asked_how_silent_ranks_are(tmp_path, monkeypatch):
+    """Only of those; and a process of this machine that has the same number is left alone."""
+    monkeypatch.setattr("megamem_launch.watch.dumps.py_spy", lambda pid: pytest.fail(f"{pid} is of another machine"))
+    write_beat(tmp_path / "live", 0)
+    write_beat(tmp_path / "live", 1)
+    hang = Hang("stall", 40.0, read_beats(tmp_path / "live"), {0: 0.5, 1: 40.0}, (), tmp_path / "dumps", 2)
+    asked = []
+
+    def elsewhere(beats):
+        asked.append([beat.rank for beat in beats])
+        return {1: "D"}
+
+    def signal_all():
+        (tmp_path / "dumps").mkdir()
+        (tmp_path / "dumps" / "rank-00000.txt").write_text("Current thread 0x1 (most recent call first):\n")
+
+    verdict = collect(hang, signal_all, timeout=0.1, elsewhere=elsewhere)
+    assert asked == [[1]] and verdict.late == (1,)
+    assert "is late: it is in an uninterruptible sleep" in verdict.sentence
+
+
 def test_state_of_another_host_or_a_later_process_is_not_this_one(tmp_path):
     write_beat(tmp_path, 0, pid=os.getpid(), host="elsewhere")
     write_beat(tmp_path, 1, pid=os.getpid(), host=socket.gethostname(), start_tick=1)
@@ -362,7 +383,7 @@ def test_py_spy_looks_into_a_stopped_process(tmp_path, monkeypatch):
     program.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/arguments\necho '{text}'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    write_beat(tmp_path / "live", 0)
+    write_beat(tmp_path / "live", 0, host=socket.gethostname())
     hang = Hang("stall", 40.0, read_beats(tmp_path / "live"), {0: 40.0}, (), tmp_path / "dumps", 1)
     (tmp_path / "dumps").mkdir()
     verdict = collect(hang, lambda: None, timeout=1.0, state=lambda beat: "T")
