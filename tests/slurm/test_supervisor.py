@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -99,3 +100,30 @@ def test_a_run_directory_that_is_not_shared_is_found(
     end = history(run)[-1]
     assert end["outcome"] == "preflight" and not end["bad_nodes"]
     assert f"{run} is not the same directory on node2 as on node1; set runs_dir" in end["reason"]
+
+
+@pytest.mark.slow
+def test_points_of_a_sweep_train_and_are_shown_under_one_heading(
+    cluster: SlurmCluster, prepared_tiny: Path, tmp_path: Path
+) -> None:
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("grid: {optimizer.lr: [0.001, 0.01]}\n")
+    settings = ("train.steps=6", "checkpoint.interval=3", "tracking.mlflow=true", "tracking.system_metrics=false")
+    parent, job = submit(cluster, tmp_path / "runs", prepared_tiny, *settings, "--sweep", str(sweep), preflight=False)
+    squeue = ["squeue", "--noheader", f"--jobs={job}"]
+    cluster.wait(lambda: not cluster.run(squeue, check=False).stdout, "the end of the array", 2 * SECONDS)
+    points = [Path(point["run_dir"]) for point in json.loads((parent / "launch" / "sweep.json").read_text())["points"]]
+    assert [path.name for path in points] == ["lr=0.001", "lr=0.01"]
+    for point in points:
+        assert [entry.get("outcome", "start") for entry in history(point)] == ["start", "finished"]
+    first, second = (losses(point) for point in points)
+    assert first.keys() == second.keys() == set(range(1, 7)) and first[1] == second[1] and first[6] != second[6]
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{parent.parent}/mlflow.db")
+    runs = [client.get_run((point / "mlflow_run_id").read_text().strip()) for point in points]
+    assert [run.info.status for run in runs] == ["FINISHED"] * 2
+    (heading,) = {run.data.tags["mlflow.parentRunId"] for run in runs}
+    assert client.get_run(heading).info.run_name == "run"
+    assert list((parent.parent / "mlartifacts").rglob("config.yaml")) and not list(tmp_path.rglob("mlruns"))

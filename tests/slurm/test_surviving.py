@@ -5,7 +5,10 @@ Two nodes of three, two ranks each, train the model and memories of the quicksta
 
 from __future__ import annotations
 
+import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +38,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 DATA = ["data.sources=[{kind: python_stdlib, max_documents: 60}]", "data.workers=1"]
 STEPS, INTERVAL = 9, 3
 MINUTES = 30
+HANG_SECONDS = 30
 SECONDS = 200.0
 """For one incarnation on two busy cores, most of it imports."""
 
@@ -132,6 +136,27 @@ class Run:
             self.cluster.wait(lambda: self.restarts() > before, f"the requeue of job {self.job}: {self.log()}", SECONDS)
             self.cluster.run(["scontrol", "update", f"jobid={self.job}", f"TimeLimit={MINUTES}"])
             self.cluster.release(self.job)
+
+    def rank(self) -> int:
+        """Process id of a rank on the second node, where there is one yet."""
+        found: list[int] = []
+
+        def looked() -> bool:
+            ranks = [
+                p for p in self.cluster.node_processes(self.nodes()[1]) if "megamem_launch.supervise.rank" in p.argv
+            ]
+            pids = {rank.pid for rank in ranks}
+            found.extend(rank.pid for rank in ranks if rank.parent not in pids)  # children read data
+            return bool(found)
+
+        self.cluster.wait(looked, f"a rank of job {self.job}", SECONDS)
+        return found[0]
+
+    def signal_rank(self, number: signal.Signals) -> None:
+        """Send a signal to one rank, and wait until the supervisor has started all of them again."""
+        before = len(self.starts())
+        os.kill(self.rank(), number)
+        self.cluster.wait(lambda: len(self.starts()) > before, f"another start: {self.log()}", SECONDS)
 
     def restarts(self) -> int:
         """How often the job was requeued."""
@@ -231,6 +256,20 @@ def slurmd_lost(run: Run) -> None:
     run.cluster.kill_slurmd(run.nodes()[1])
 
 
+def rank_killed(run: Run) -> None:
+    """As the kernel does where memory runs out."""
+    run.signal_rank(signal.SIGKILL)
+
+
+def rank_stopped(run: Run) -> None:
+    """A rank that lives and does nothing, on a node whose processes the supervisor cannot see."""
+    run.signal_rank(signal.SIGSTOP)
+
+
+IN_PLACE = (slurmd_restarted, rank_killed, rank_stopped)
+"""After these the job stays where it is."""
+
+
 @dataclass(frozen=True)
 class Scenario:
     """What happens to a run, and how it must go on."""
@@ -242,7 +281,9 @@ class Scenario:
     """Whether the run goes on from the very step at which it was disturbed, or later."""
     excludes: bool = False
     """Whether the lost node is avoided from then on."""
-    slurm: tuple[tuple[str, str], ...] = ()
+    slurm: tuple[tuple[str, str | int], ...] = ()
+    reason: str = ""
+    """A regular expression for what the first end says."""
     slow: bool = True
 
 
@@ -256,6 +297,13 @@ SCENARIOS = {
     "power loss, srun": Scenario(power_loss, ("node_failure",), excludes=True, slurm=(("mode", "srun"),)),
     "slurmd restarted": Scenario(slurmd_restarted, ()),
     "slurmd lost": Scenario(slurmd_lost, ("",)),
+    "rank killed": Scenario(rank_killed, ("crash",), reason=r"rank [23] on node\d: was ended by signal 9"),
+    "rank stopped": Scenario(
+        rank_stopped,
+        ("hang",),
+        slurm=(("hang_seconds", HANG_SECONDS),),
+        reason=r"rank [23] \(node\d, pid \d+\) is late: it is stopped \(SIGSTOP\) in phase .* 3 others",
+    ),
 }
 
 
@@ -273,13 +321,16 @@ def test_disturbed_run_ends_like_the_undisturbed_one(
     run = Run(cluster, tmp_path / "runs", prepared_quickstart, **dict(scenario.slurm))
     run.wait_step(INTERVAL + 1)
     before, nodes = run.step(), run.nodes()
-    run.disturb(scenario.disturbance, restarts=bool(scenario.outcomes))
+    run.disturb(scenario.disturbance, restarts=scenario.disturbance not in IN_PLACE)
     run.wait_end()
 
     assert run.losses() == undisturbed
     assert len(run.starts()) == 1 + len(scenario.outcomes), run.log()
     said = [outcome for outcome in scenario.outcomes if outcome]
     assert run.outcomes() == [*said, "finished"], run.log()
+    if scenario.reason:
+        ends = [entry for entry in read_lines(incarnations_file(run.dir)) if entry["event"] == "end"]
+        assert re.match(scenario.reason, ends[0]["reason"]), ends[0]["reason"]
     if scenario.saves:
         assert run.starts()[-1]["step"] >= before, "the run went back to an older checkpoint"
     if scenario.excludes:
@@ -326,6 +377,8 @@ RANDOM_DISTURBANCES = (
     power_loss,
     power_loss_of_supervisor,
     slurmd_restarted,
+    rank_killed,
+    rank_stopped,
 )
 
 
@@ -337,7 +390,8 @@ def test_random_disturbances(cluster: SlurmCluster, prepared_quickstart: Path, t
     print(f"seed {seed}")
     reference = Run(cluster, tmp_path / "reference", prepared_quickstart, steps=steps)
     reference.wait_end()
-    run = Run(cluster, tmp_path / "runs", prepared_quickstart, steps=steps, partition="low", restarts=wanted)
+    patience = {"restarts": wanted, "hang_seconds": HANG_SECONDS, "start_seconds": 120}
+    run = Run(cluster, tmp_path / "runs", prepared_quickstart, steps=steps, partition="low", **patience)
     for number in range(wanted):
         if generator.random() < 0.2:  # while the ranks start
             cluster.wait(lambda: cluster.job(run.job)["JobState"] == "RUNNING", "a start", SECONDS)
@@ -347,7 +401,7 @@ def test_random_disturbances(cluster: SlurmCluster, prepared_quickstart: Path, t
             time.sleep(generator.uniform(0, 1))
         disturbance = generator.choice(RANDOM_DISTURBANCES)
         print(f"{number + 1}: {disturbance.__name__} at step {run.step()}", flush=True)
-        run.disturb(disturbance, restarts=disturbance is not slurmd_restarted)
+        run.disturb(disturbance, restarts=disturbance not in IN_PLACE)
         cluster.mend()
     run.wait_end()
     assert run.losses() == reference.losses()
