@@ -15,10 +15,11 @@ from megamem.errors import LaunchError
 from megamem_launch import rundir
 from megamem_launch.cluster import load_cluster
 from megamem_launch.slurm.history import read_history
+from megamem_launch.slurm.judgement import is_of
 from megamem_launch.slurm.parse import Job
 from megamem_launch.slurm.reasons import why_waiting
 from megamem_launch.slurm.scheduler import Slurm
-from megamem_launch.slurm.status import is_of, local_supervisor
+from megamem_launch.slurm.status import local_supervisor
 from megamem_launch.slurm.submit import SCRIPT, record_job, submit
 from megamem_launch.supervise.budget import checkpoint_step
 from megamem_launch.watch.beats import read_beats

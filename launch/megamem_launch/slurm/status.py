@@ -7,29 +7,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megamem.errors import LaunchError
 from megamem.observe.heartbeat import start_tick
 from megamem_launch import rundir
 from megamem_launch.slurm.history import Record, accounted_state, read_history
+from megamem_launch.slurm.judgement import ACTIVE, Known, State, is_of, judge, running_job
 from megamem_launch.slurm.parse import Job
 from megamem_launch.slurm.progress import Progress, read_progress
-from megamem_launch.slurm.reasons import not_opened, why_ended, why_waiting
+from megamem_launch.slurm.reasons import why_ended, why_waiting
 from megamem_launch.slurm.scheduler import Slurm
 from megamem_launch.watch.beats import ENDED, Beat, read_beats
 
-State = Literal["pending", "starting", "running", "ending", "finished", "stopped", "cancelled", "failed", "unknown"]
-
-_SILENT = (
-    60.0  # seconds without a heartbeat after which a run on another machine, which cannot be asked, counts as ended
-)
-
-ACTIVE: frozenset[State] = frozenset({"starting", "running", "ending"})
-"""States in which a run has nodes."""
-
-_STOPPED = {"stopped", "time_limit", "preempted", "superseded"}
-"""Outcomes after which a run that nobody starts again is whole, only not finished."""
+_SILENT = 60.0  # seconds without a heartbeat after which a run on a machine that cannot be asked counts as ended
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,24 +65,6 @@ class Status:
     excluded: dict[str, str] = field(default_factory=dict)
     """Nodes that the run avoids, and why."""
     jobs: list[JobStatus] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Known:
-    """What :func:`judge` decides from."""
-
-    finished: bool
-    cancelled: bool
-    jobs: Sequence[Job]
-    """Those that SLURM knows, in the order of submission."""
-    last: Record | None
-    """The last incarnation."""
-    local: bool
-    """Whether a supervisor of this run lives without SLURM."""
-    training: bool
-    """Whether the ranks of the last incarnation have taken up training."""
-    supervised: bool
-    """False for jobs that prepare data, which have no supervisor."""
 
 
 def read_status(run_dir: Path, slurm: Slurm, jobs: Sequence[Job] | None = None, failure: str = "") -> Status:
@@ -174,57 +147,6 @@ def _marked(run_dir: Path, known: Known) -> tuple[State, str] | None:
     return "failed" if stopped.get("exit_code") else "stopped", str(stopped.get("reason", ""))
 
 
-def running_job(jobs: Sequence[Job]) -> Job | None:
-    """The first of some jobs that has its nodes."""
-    return next((job for job in jobs if not job.over and not job.waiting), None)
-
-
-def judge(known: Known) -> tuple[State, str]:
-    """The state of a run and why, from what is known. Living jobs come first: a person may have begun a run again."""
-    last = known.last
-    current = running_job(known.jobs)
-    waiting = next((job for job in known.jobs if job.waiting), None)
-    alive = current is not None or waiting is not None or known.local
-    if known.cancelled:
-        return ("ending", "it was cancelled and its jobs are being ended") if alive else ("cancelled", "")
-    if current is not None and current.state == "COMPLETING":
-        return "ending", f"job {current.id} is being cleared from its nodes"
-    if not known.supervised:
-        return _without_supervisor(known)
-    if current is not None and not (last is not None and is_of(last, current)):
-        return "starting", f"job {current.id} has its nodes, its supervisor prepares them"
-    if current is not None or known.local:
-        assert last is not None
-        if last.outcome:
-            return (
-                "starting",
-                f"incarnation {last.incarnation} ended ({last.outcome}: {last.reason}), the next is prepared",
-            )
-        return ("running", "") if known.training else ("starting", "its ranks load the model and meet each other")
-    if known.finished:
-        return "finished", ""
-    if waiting is not None:
-        return "pending", f"job {waiting.id}: {why_waiting(waiting)}"
-    return _ended(last, known.jobs)
-
-
-def _without_supervisor(known: Known) -> tuple[State, str]:
-    jobs = known.jobs
-    if running_job(jobs) is not None:
-        return "running", ""
-    if known.finished:
-        return "finished", ""
-    failed = next((job for job in jobs if job.over and job.state != "COMPLETED"), None)
-    if failed is not None and failed.state == "CANCELLED":
-        return "cancelled", f"job {failed.id} was cancelled by SLURM's own means"
-    if failed is not None:
-        return "failed", f"job {failed.id}: {_with_output(failed)}"
-    waiting = next((job for job in jobs if job.waiting), None)
-    if waiting is not None:
-        return "pending", f"job {waiting.id}: {why_waiting(waiting)}"
-    return "failed", f"its jobs have ended{'' if jobs else ', SLURM has forgotten them'}, and the data is not there"
-
-
 def _with_exit_code(job: Job, slurm: Slurm) -> Job:
     """A job that squeue calls JobLaunchFailure, which a script that was killed is too, with the code that tells them apart."""
     if job.state != "FAILED" or job.reason != "JobLaunchFailure" or job.exit_code:
@@ -232,42 +154,11 @@ def _with_exit_code(job: Job, slurm: Slurm) -> Job:
     return slurm.job(job.id) or job
 
 
-def _with_output(job: Job) -> str:
-    """How a job ended, and where to read more, if there is more."""
-    return why_ended(job) + ("" if not_opened(job) else "; `megamem launch logs` shows its output")
-
-
 def _has_finished(run_dir: Path, data: bool) -> bool:
     """Whether a run is marked as finished, or the data is there that jobs in ``PATH.parts`` prepare."""
     if data:
         return (run_dir.with_name(run_dir.name.removesuffix(".parts")) / "data.json").is_file()
     return rundir.finished_file(run_dir).exists()
-
-
-def _ended(last: Record | None, jobs: Sequence[Job]) -> tuple[State, str]:
-    """Nothing of the run lives, and it neither finished nor was cancelled through us."""
-    final = jobs[-1] if jobs else None
-    if (
-        final is not None
-        and final.state == "CANCELLED"
-        and not (last is not None and last.outcome in ("stopped", "fatal"))
-    ):
-        return "cancelled", f"job {final.id} was cancelled by SLURM's own means"
-    if last is None:
-        if final is None:
-            return "failed", "SLURM has forgotten it"
-        started = "" if not_opened(final) else "its supervisor never started: "
-        return "failed", f"job {final.id}: {started}{_with_output(final)}"
-    if last.outcome == "finished":
-        return "finished", ""
-    if last.outcome == "cancelled":
-        return "cancelled", last.reason
-    if last.outcome in _STOPPED:
-        return "stopped", last.reason
-    if last.outcome:
-        return "failed", f"{last.outcome}: {last.reason}"
-    how = f" (job {final.id}: {why_ended(final)})" if final is not None and is_of(last, final) else ""
-    return "failed", f"the supervisor of incarnation {last.incarnation} ended without a word{how}"
 
 
 def local_supervisor(run_dir: Path, beats: Sequence[Beat]) -> tuple[str, int] | None:
@@ -296,11 +187,6 @@ def _nodes(known: Known, slurm: Slurm) -> list[str]:
 def _submitted_as(job: Job, ids: Sequence[str]) -> str:
     """Which of ``ids`` a job is: its own, or that of its array; empty for none."""
     return next((name for name in (job.id, job.number, job.array) if name in ids), "")
-
-
-def is_of(record: Record, job: Job) -> bool:
-    """Whether an incarnation is one of this start of a job."""
-    return record.job in (job.number, job.id) and record.restart == job.restarts
 
 
 def _job_status(line: dict[str, Any], jobs: Sequence[Job], *, answered: bool) -> JobStatus:
