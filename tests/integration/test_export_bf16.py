@@ -95,8 +95,10 @@ def test_a_bf16_export_is_the_bf16_model_of_training(prepared_tiny: Path, tmp_pa
     ours, theirs, reference = np.concatenate([found for _, _, found in documents]), logits(model), logits(exact)
     largest = float(np.abs(ours).max())
     assert largest > 0.5
-    # Both round at the same places and sum in other orders: a logit differs by a last bit here and there, at most by two of the
-    # largest logit (8 bits of precision), and on average by well less than what computing in bf16 costs.
+    # Both round at the same places and sum in other orders: a logit differs by a last bit here and there (8 bits of precision), and
+    # on average by well less than what computing in bf16 costs. How far the furthest of 65,536 is depends on the text.
     step = 2.0 ** (math.floor(math.log2(largest)) - 7)
-    assert np.abs(theirs - ours).max() <= 2 * step
-    assert np.abs(theirs - ours).mean() < 0.5 * np.abs(ours - reference).mean()
+    apart = np.abs(theirs - ours)
+    assert (apart > 2 * step).mean() < 1e-4 and apart.max() <= 4 * step
+    assert apart.mean() < 0.5 * np.abs(ours - reference).mean()
+    assert np.abs(theirs - reference).mean() < 1.05 * np.abs(ours - reference).mean()  # neither is the better one

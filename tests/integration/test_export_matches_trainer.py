@@ -135,7 +135,9 @@ LAYOUTS: dict[str, tuple[list[str], list[str], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "tp2-pp2" else []) for name in LAYOUTS]
+)
 def test_exported_logits_equal_the_trainers(name: str, prepared_tiny: Path, tmp_path: Path) -> None:
     model, layout, options = LAYOUTS[name]
     overrides = settings(tmp_path, prepared_tiny, model)

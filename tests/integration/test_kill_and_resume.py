@@ -84,7 +84,10 @@ FORMS: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "bf16-rows-state-on-disk" else []) for name in FORMS],
+)
 def test_killed_and_resumed_run_is_bit_identical(name: str, prepared_tiny: Path, tmp_path: Path) -> None:
     extra, killed_extra = FORMS[name]
     step = random.SystemRandom().randint(INTERVAL + 1, STEPS - 2)
