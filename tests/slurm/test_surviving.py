@@ -303,7 +303,9 @@ SCENARIOS = {
     "power loss of the supervisor": Scenario(power_loss_of_supervisor, ("",)),
     "power loss, srun": Scenario(power_loss, ("node_failure",), excludes=True, slurm=(("mode", "srun"),)),
     "slurmd restarted": Scenario(slurmd_restarted, ()),
-    "slurmd lost": Scenario(slurmd_lost, ("",), steps=150),  # SLURM waits a minute and more, in which 9 steps are done
+    "slurmd lost": Scenario(  # SLURM waits a minute and more, in which 9 steps are done
+        slurmd_lost, ("node_failure",), excludes=True, steps=150
+    ),
     "rank killed": Scenario(rank_killed, ("crash",), reason=r"rank [23] on node\d: was ended by signal 9"),
     "rank stopped": Scenario(
         rank_stopped,
