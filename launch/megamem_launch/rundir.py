@@ -80,7 +80,7 @@ def stopped_file(run_dir: Path) -> Path:
 def stop_lies(run_dir: Path) -> str:
     """Why a run is not to start, in a sentence: a person's wish that it stops is still there. Empty where it is not."""
     stop = run_dir / STOP
-    return f"{STOP} lies in {run_dir}, so it would end after one step; remove {stop} to train" if stop.exists() else ""
+    return f"{STOP} lies in {run_dir}, so it does not train; remove {stop} to train" if stop.exists() else ""
 
 
 def live_dir(run_dir: Path, incarnation: str) -> Path:

@@ -81,7 +81,8 @@ def headlines(summary: Mapping[str, Any]) -> list[Headline]:
     result = []
     first, last, blocked = (summary["validation_loss"].get(name) for name in ("first", "last", "last_blocked"))
     if last is not None:
-        result.append(Headline("Validation loss", f"{last:.4f}", f"from {first:.4f}" if first is not None else ""))
+        note = f"from {first:.4f}" if first is not None else "of one evaluation"
+        result.append(Headline("Validation loss", f"{last:.4f}", note))
     if blocked is not None:
         note = f"{blocked - last:+.4f} when no memory is read" if last is not None else "when no memory is read"
         result.append(Headline("Memory blocked", f"{blocked:.4f}", note))

@@ -367,6 +367,9 @@ def test_cancelled_run_stays_cancelled(
     assert cluster.job(run.job)["JobState"] == "CANCELLED", "it came back to life"
     assert run.step() == reached < run.steps and not finished_file(run.dir).exists()
     assert run.outcomes() in ([], ["cancelled"])
+    if how != "scancel":  # after which ranks get KillWait to notice
+        asked = cancelled_file(run.dir).stat().st_mtime
+        assert run.history()[-1]["time"] < asked + 5, "its ranks trained on"
 
 
 def test_warning_at_the_very_start_does_not_fail_the_job(

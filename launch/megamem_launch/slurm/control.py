@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megamem.errors import LaunchError
@@ -92,16 +92,30 @@ def requeue(run_dir: Path, slurm: Slurm, *, now: bool) -> str:
         raise LaunchError(f"{run_dir} prepares data, which begins anew: cancel it and give `megamem launch data` again")
     if not job_ids(run_dir):
         raise LaunchError(f"{run_dir} has no job of SLURM; start it again with `megamem launch local {run_dir}`")
-    rundir.stopped_file(run_dir).unlink(missing_ok=True)
     living, _ = _living([run_dir], slurm)
     running = next((job for job in living if not job.waiting), None)
-    if running is None:  # what trains obeys it
-        (run_dir / rundir.STOP).unlink(missing_ok=True)
-    if running is not None:
-        return _requeue_running(run_dir, running, slurm, now=now)
-    if living:
-        return _release(run_dir, living[0], slurm)
-    return _submit_again(run_dir)
+    with _withdrawn(
+        rundir.stopped_file(run_dir), *([] if running else [run_dir / rundir.STOP])
+    ):  # what trains obeys STOP
+        if running is not None:
+            return _requeue_running(run_dir, running, slurm, now=now)
+        if living:
+            return _release(run_dir, living[0], slurm)
+        return _submit_again(run_dir)
+
+
+@contextlib.contextmanager
+def _withdrawn(*wishes: Path) -> Iterator[None]:
+    """Without files that keep a run from starting; they are back where what was done instead fails."""
+    before = {path: path.read_bytes() for path in wishes if path.exists()}
+    for path in before:
+        path.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path, content in before.items():
+            path.write_bytes(content)
+        raise
 
 
 def goes_on(run_dir: Path) -> str:

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         die_with_parent()  # an agent that is killed cannot stop its ranks
     rank = int(os.environ["RANK"])
     live = rundir.live_dir(run_dir, incarnation)
-    outlive_termination(live / f"{TERMINATE}{rank:05d}", by_parent=started_by_srun)
+    outlive_termination(live / f"{TERMINATE}{rank:05d}", rundir.cancelled_file(run_dir), by_parent=started_by_srun)
     _redirect(rundir.log_dir(run_dir, incarnation) / f"{node_name()}-{rank}.log")
     dump = register_dump(rundir.dump_dir(run_dir, incarnation) / f"rank-{rank:05d}.txt")  # until the heartbeat does
     silence_libraries()
@@ -92,10 +92,10 @@ def limit_threads(ranks: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // ranks)))
 
 
-def outlive_termination(marker: Path, *, by_parent: bool) -> None:
+def outlive_termination(marker: Path, cancelled: Path, *, by_parent: bool) -> None:
     """Note SIGTERM in the file ``marker`` in place of ending, since SLURM sends it to all processes of a job that it is about to
     preempt: the supervisor sees the file, and has the ranks save. One from the parent ends this process, unless ``by_parent``:
-    so an agent stops the ranks of a group of which one failed.
+    so an agent stops the ranks of a group of which one failed. So does every one once the file ``cancelled`` is there.
 
     The signal is blocked and waited for in a thread: a handler would not run while the main thread waits for other ranks.
     """
@@ -104,7 +104,8 @@ def outlive_termination(marker: Path, *, by_parent: bool) -> None:
 
     def watch() -> None:
         while True:
-            if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent and not by_parent:
+            sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+            if (sender == parent and not by_parent) or os.path.exists(cancelled):
                 os._exit(128 + signal.SIGTERM)
             with contextlib.suppress(OSError):
                 marker.touch()

@@ -152,7 +152,8 @@ def _logs(arguments: LogsArguments) -> int:
         for log, line in shown:
             show(log, line)
         if not shown:
-            print(f"{run_dir}: nothing was written yet", file=sys.stderr)
+            who = "nothing" if arguments.rank is None else f"nothing by rank {arguments.rank}"
+            print(f"{run_dir}: {who} was written yet", file=sys.stderr)
         return 0
     try:
         for log, line in follow(run_dir, find, arguments.lines):

@@ -262,7 +262,7 @@ def _print_ranked(console: Any, ranked: list[Plan], seen: int, cluster: Cluster)
             one.config.train.recompute,
             f"{one.tokens_per_second:,.0f}" if one.time else "-",
             f"{seconds:.3g}" if one.time else "-",
-            f"{bubble:.0%}",
+            f"{bubble:.0%}" if one.time else "-",
             format_bytes(one.peak(near)),
         )
     console.print(table)

@@ -431,6 +431,16 @@ def test_requeue_needs_a_job_that_may_be_requeued(run_dir: Path) -> None:
         requeue(run_dir, Cluster(job("7", "RUNNING")), now=True)
 
 
+def test_a_refused_requeue_leaves_the_wish_to_stop(run_dir: Path) -> None:
+    submitted(run_dir, "7")
+    stop, stopped = run_dir / rundir.STOP, rundir.stopped_file(run_dir)
+    stop.touch()
+    rundir.write_json(stopped, {"reason": "asked"})
+    with pytest.raises(LaunchError, match="waits in the queue already"):
+        requeue(run_dir, Cluster(job("7", "PENDING")), now=False)
+    assert stop.exists() and rundir.read_json(stopped) == {"reason": "asked"}
+
+
 def test_requeue_submits_an_ended_run_again(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     submitted(run_dir, "7")
     with pytest.raises(LaunchError, match="is gone; submit with"):
