@@ -94,9 +94,10 @@ def requeue(run_dir: Path, slurm: Slurm, *, now: bool) -> str:
         raise LaunchError(f"{run_dir} has no job of SLURM; start it again with `megamem launch local {run_dir}`")
     living, _ = _living([run_dir], slurm)
     running = next((job for job in living if not job.waiting), None)
-    with _withdrawn(
-        rundir.stopped_file(run_dir), *([] if running else [run_dir / rundir.STOP])
-    ):  # what trains obeys STOP
+    wishes = [rundir.stopped_file(run_dir)]
+    if running is None:  # what trains obeys it
+        wishes.append(run_dir / rundir.STOP)
+    with _withdrawn(*wishes):
         if running is not None:
             return _requeue_running(run_dir, running, slurm, now=now)
         if living:
