@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -38,9 +37,15 @@ def create_database(uri: str) -> None:
     from sqlalchemy.engine import make_url
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+    # MLflow keeps the file open, so a network file system may refuse to remove the directory.
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent, ignore_cleanup_errors=True) as folder:
         made = Path(folder) / path.name
         url = make_url(uri).set(database=str(made))
         MlflowClient(tracking_uri=url.render_as_string(hide_password=False)).search_experiments(max_results=1)
-        with contextlib.suppress(FileExistsError):  # another process was faster
+        try:
             os.link(made, path)
+        except FileExistsError:  # another process was faster
+            pass
+        except OSError:  # a file system without links: two at the same moment are not kept apart
+            if not path.exists():
+                os.replace(made, path)

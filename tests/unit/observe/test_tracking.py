@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from megamem.observe.journal import Journal
 from megamem.observe.lineage import Description, describe, tracked_model
 from megamem.observe.tracking import Selection, Tracker, add_metrics, flatten, point_of, replay, tracking_uri
 from megamem.observe.tracking_points import numbers
+from megamem.observe.tracking_store import create_database
 
 CONFIG = {"model": {"num_layers": 2, "moe": {"layers": [0, 1]}}, "tracking": {"experiment": "tests"}}
 _PATIENCE = 120.0  # seconds; importing MLflow and making its database is slow on a busy machine
@@ -289,3 +291,16 @@ def test_database_whose_making_was_killed_is_made_again(tmp_path):
         assert one.wait(120) == other.wait(120) == 0
     assert MlflowClient(tracking_uri=uri).search_experiments()
     assert len(list(tmp_path.glob(".mlflow.db-*"))) == 1, "what was killed lies beside it, and nothing else"
+
+
+def test_database_on_a_file_system_without_links(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setattr(os, "link", refuse)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    create_database(uri)
+    assert os.listdir(tmp_path) == ["mlflow.db"]
+    assert MlflowClient(tracking_uri=uri).search_experiments()
