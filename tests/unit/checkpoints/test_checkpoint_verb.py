@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -302,10 +303,11 @@ def test_a_checkpoint_that_disappears_during_verify_is_gone_and_not_damaged(
 ) -> None:
     run = mini_run(keep=5, incremental="on")
     first, second = run.save(1), run.save(2)
-    check = integrity.check_content
+    check, one_prune = integrity.check_content, threading.Lock()
 
     def after_pruning(root: Path, name: str, record: Any) -> None:
-        directory.delete(first)
+        with one_prune:  # several threads check; who deletes holds the writer's lock
+            directory.delete(first)
         check(root, name, record)
 
     monkeypatch.setattr(integrity, "check_content", after_pruning)
