@@ -45,14 +45,17 @@ class Event:
 def events_of(run_dir: Path, entries: list[Entry]) -> list[Event]:
     """What happened, in order of time. ``entries``: the journal with those that a resume overtook.
 
-    Where the journal breaks off and the supervisor says why, that is one event: the supervisor's.
+    Where the journal breaks off and the supervisor says why, that is one event: the supervisor's. The ranks of a cancelled run
+    may outlive their supervisor; how they end is no event either.
     """
     told, explained = _from_journal(entries), _from_supervisor(run_dir / _INCARNATIONS)
     starts = [event.time for event in told if event.name in ("start", "resume")]
     own = []
     for event in told:
+        since = max((time for time in starts if time <= event.time), default=-math.inf)
         until = min((time for time in starts if time > event.time), default=math.inf)
-        known = event.name in ("killed", "fail") and any(event.time <= end.time <= until for end in explained)
+        ends = [(since if end.name == "cancelled" else event.time, end.time) for end in explained]
+        known = event.name in ("killed", "fail") and any(earliest <= time <= until for earliest, time in ends)
         own += [] if known else [event]
     return sorted([*own, *explained], key=lambda event: event.time)
 

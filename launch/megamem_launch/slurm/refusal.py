@@ -26,18 +26,18 @@ _FOR_EVER = re.compile(
 
 
 _SENTENCES = (
-    (r"invalid partition", "slurm.partition={partition} is not a partition that you may use here; `sinfo` lists them"),
+    (r"invalid partition", "{partition} is not a partition that you may use here; `sinfo` lists them"),
     (
         r"accounting/qos policy|violates",
         "a limit of your account or QOS is reached; wait for other jobs, or set nodes, slurm.time, slurm.account or slurm.qos",
     ),
     (
         r"invalid ?qos|qos ?not|job's qos",
-        "slurm.qos={qos} is refused for slurm.partition={partition}; `sacctmgr show assoc user=$USER format=qos` lists yours",
+        "slurm.qos={qos} is refused for {partition}; `sacctmgr show assoc user=$USER format=qos` lists yours",
     ),
     (
         r"invalid ?account|account/partition|user's account|not permitted to use|account ?not|job's account",
-        "slurm.account={account} is refused for slurm.partition={partition}; `sacctmgr show assoc user=$USER` lists yours",
+        "slurm.account={account} is refused for {partition}; `sacctmgr show assoc user=$USER` lists yours",
     ),
     (
         r"invalid feature|invalid constraint",
@@ -46,18 +46,18 @@ _SENTENCES = (
     (r"reservation", "slurm.reservation={reservation} cannot be used; `scontrol show reservation` lists them"),
     (
         r"invalid generic resource|\bgres\b",
-        "gpus_per_node={gpus} is not what nodes of slurm.partition={partition} have; `sinfo -o '%n %G'` lists their GPUs",
+        "gpus_per_node={gpus} is not what nodes of {partition} have; `sinfo -o '%n %G'` lists their GPUs",
     ),
     (
         r"time ?limit",
-        "slurm.time={time} is more than slurm.partition={partition} allows; `sinfo -o '%P %l'` lists limits",
+        "slurm.time={time} is more than {partition} allows; `sinfo -o '%P %l'` lists limits",
     ),
-    (r"memory", "slurm.memory={memory} cannot be had on a node of slurm.partition={partition}"),
+    (r"memory", "slurm.memory={memory} cannot be had on a node of {partition}"),
     (r"invalid node name", "slurm.exclude={exclude} names nodes that do not exist; `sinfo -N` lists them"),
     (r"job array", "the sweep has more points, or the data more shards, than a job array may have here; set fewer"),
     (
         r"node count|more processors|node configuration|partitionconfig|nodelimit|badconstraints",
-        "slurm.partition={partition} can never run this: {wanted}; `sinfo -N -l` and `scontrol show partition` tell what it "
+        "{partition} can never run this: {wanted}; `sinfo -N -l` and `scontrol show partition` tell what it "
         "has; lower what is too much",
     ),
     (r"unable to contact|connection refused|timed out", "SLURM's controller does not answer; try again later"),
@@ -98,6 +98,9 @@ def explain(message: str, cluster: Cluster) -> str:
     for pattern, sentence in _SENTENCES:
         if re.search(pattern, message, re.IGNORECASE):
             shown = {name: value or _DEFAULT for name, value in values.items()}
+            shown["partition"] = (
+                f"slurm.partition={values['partition']}" if values["partition"] else "the default partition"
+            )
             return f"{sentence.format(**shown, gpus=cluster.gpus_per_node, wanted=wanted)} (SLURM: {said})"
     return f"SLURM refused the job: {said}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -75,7 +76,7 @@ def _status(arguments: StatusArguments) -> int:
 
 
 def _print_status(status: Status) -> None:
-    console = Console(highlight=False)
+    console = _console()
     title = Text(Path(status.run_dir).resolve().name, "bold")
     console.print(title, Text(status.state, _STYLES.get(status.state, "bold")), Text(_doing(status)))
     if status.why:
@@ -97,6 +98,11 @@ def _print_status(status: Status) -> None:
     for name, text in rows:
         table.add_row(name, Text(text))
     console.print(table)
+
+
+def _console() -> Console:
+    """As wide as the terminal; a file or a pipe gets lines that do not wrap so soon."""
+    return Console(highlight=False, width=shutil.get_terminal_size((160, 24)).columns)
 
 
 def _doing(status: Status) -> str:
@@ -130,7 +136,7 @@ def _print_sweep(run_dir: Path, statuses: list[Status]) -> None:
         speed = format_count(status.tokens_per_second) if status.tokens_per_second is not None else ""
         state = Text(status.state, _STYLES.get(status.state, ""))
         table.add_row(Text(Path(status.run_dir).name), state, step, speed, Text(status.why))
-    Console(highlight=False).print(table)
+    _console().print(table)
 
 
 def _logs(arguments: LogsArguments) -> int:
@@ -203,7 +209,7 @@ def _history(arguments: HistoryArguments) -> int:
     table.add_column("", overflow="fold", ratio=1)
     for record in records:
         table.add_row(*map(Text, _cells(record, accounted)))
-    Console(highlight=False).print(table)
+    _console().print(table)
     return 0
 
 

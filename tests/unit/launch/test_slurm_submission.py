@@ -80,6 +80,12 @@ def test_refusals_name_the_setting(said: str, sentence: str) -> None:
     assert sentence in text and "\n" not in text
 
 
+def test_a_refusal_of_the_default_partition_says_so() -> None:
+    cluster = build_cluster({"nodes": 9, "gpus_per_node": 8, "cpus_per_node": 8}, "x")
+    text = explain("sbatch: error: Requested node configuration is not available", cluster)
+    assert text.startswith("the default partition can never run this: nodes=9, cpus_per_node=8, gpus_per_node=8")
+
+
 def test_what_waiting_cures() -> None:
     assert is_transient("allocation failure: Required node not available (down, drained or reserved)")
     assert not is_transient("allocation failure: Invalid feature specification")

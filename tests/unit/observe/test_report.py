@@ -309,6 +309,18 @@ def test_a_hang_is_one_event_though_journal_and_supervisor_tell_of_it(tmp_path):
     assert found == [(1.0, 30.0, "hang"), (40.0, 45.0, "crash"), (50.0, 51.0, "killed"), (60.0, 90.0, "cancelled")]
 
 
+def test_how_the_ranks_of_a_cancelled_run_end_is_no_trouble(tmp_path):
+    entries = [
+        {"time": 1.0, "kind": "event", "step": 0, "event": "start"},
+        {"time": 5.0, "kind": "step", "step": 4},
+        {"time": 9.0, "kind": "event", "step": 5, "event": "fail"},
+    ]
+    (tmp_path / "launch").mkdir()
+    end = {"time": 6.0, "event": "end", "outcome": "cancelled", "step": 4}
+    (tmp_path / "launch" / "incarnations.jsonl").write_text(json.dumps(end))
+    assert [event.name for event in events_of(tmp_path, entries)] == ["start", "cancelled"]
+
+
 def test_several_runs_are_compared(run_dir, tmp_path):
     other = tmp_path / "elsewhere" / run_dir.name  # two runs of one name
     other.mkdir(parents=True)
