@@ -16,6 +16,7 @@ from megamem.models.canonical import canonical_entries, gather
 from megamem.models.config import ModelConfig, MoEConfig
 from megamem.models.gpt import build_model
 from megamem.models.micro import MicroContext
+from megamem.parallel import host_adam
 from megamem.parallel.groups import Groups, destroy, initialize
 from megamem.parallel.layout import Layout
 from megamem.parallel.zero import ZeroEngine
@@ -203,6 +204,12 @@ def test_experts_are_averaged_over_all_tokens(one_process: Any, sizes: dict[str,
         train_layout, sizes["world_size"], sizes, moe=dispatcher, sequence_parallel=sizes.get("tp", 1) > 1
     )
     _check(results, one_process(moe="allgather"), 1e-5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu_adam() -> None:
+    """DeepSpeed's CPU Adam is compiled before ranks start: what they do has a time limit."""
+    host_adam._build(announce=False)
 
 
 STAGES = [{"zero_stage": 0}, {"zero_stage": 2}, {"zero_stage": 2, "offload": "host"}]

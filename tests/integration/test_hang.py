@@ -21,7 +21,7 @@ from megamem_launch.watch.beats import Beat, read_beats
 from megamem_launch.watch.watchdog import SLOW_PHASES
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
-STEPS, INTERVAL, HANG_SECONDS = 96, 8, 10
+STEPS, INTERVAL, HANG_SECONDS = 96, 8, 15
 
 
 def settings(folder: Path, data: Path) -> list[str]:
@@ -49,7 +49,7 @@ def records(run_dir: Path, event: str) -> list[dict]:
 
 
 def wait_for_training(run_dir: Path, supervisor: subprocess.Popen) -> tuple[str, dict[int, Beat]]:
-    """The incarnation and its heartbeats, once there is a checkpoint to go on from."""
+    """The incarnation and its heartbeats, once there is a checkpoint to go on from and two beats of each rank to time."""
     deadline = time.monotonic() + 150
     while True:
         assert supervisor.poll() is None and time.monotonic() < deadline
@@ -59,7 +59,7 @@ def wait_for_training(run_dir: Path, supervisor: subprocess.Popen) -> tuple[str,
             continue
         beats = read_beats(live_dir(run_dir, started[-1]["incarnation"]))
         saved = (run_dir / "checkpoints" / "latest").exists()
-        if saved and len(beats) == 2 and any(beat.trained for beat in beats.values()):
+        if saved and len(beats) == 2 and all(beat.step > beat.first_step > 0 for beat in beats.values()):
             return started[-1]["incarnation"], beats
 
 

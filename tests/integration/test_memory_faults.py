@@ -17,6 +17,7 @@ from megamem_checkpoints.directory import latest
 from megamem_checkpoints.reader import CheckpointReader
 from megamem_launch.quickstart import kill_family
 
+INTERVAL = 4
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 BOUND = 120
 """Seconds within which a broken run must have ended, on a busy machine."""
@@ -38,7 +39,7 @@ def start(folder: Path, data: Path, *extra: str, limit: int | None = None) -> su
             f"data.path={data}",
             "train.steps=500",
             "train.eval_batches=0",
-            "checkpoint.interval=4",
+            f"checkpoint.interval={INTERVAL}",
             "tracking.mlflow=false",
             *extra,
         ],
@@ -50,10 +51,12 @@ def start(folder: Path, data: Path, *extra: str, limit: int | None = None) -> su
 
 
 def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    """Until the step is done and, from the first interval on, a checkpoint is whole: saves go on in the background."""
     deadline = time.monotonic() + 200
     while True:
         journal = run / "journal.jsonl"
-        if journal.exists() and sum(entry["kind"] == "step" for entry in read_journal(journal)) >= step:
+        done = journal.exists() and sum(entry["kind"] == "step" for entry in read_journal(journal)) >= step
+        if done and (step < INTERVAL or (run / "checkpoints" / "latest").exists()):
             return
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < deadline

@@ -122,7 +122,7 @@ def test_one_rank(prepared_tiny: Path, tmp_path: Path) -> None:
 
 def test_two_stages(prepared_tiny: Path, tmp_path: Path) -> None:
     settings = ["name=p", "tracking.mlflow=false", "parallel.pipeline_model_parallel_size=2"]
-    ended = megamem_profile(prepared_tiny, tmp_path, *settings, "--nproc", "2", "--steps", "5", "--traced", "1")
+    ended = megamem_profile(prepared_tiny, tmp_path, *settings, "--nproc", "2", "--steps", "15", "--traced", "1")
     assert ended.returncode == 0, ended.stderr
     out = tmp_path / "p" / "profile"
     profile = read(out)

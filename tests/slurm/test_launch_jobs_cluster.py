@@ -105,6 +105,7 @@ def test_chain_requeued_then_cancelled(
         launch_jobs.main("requeue", [str(run_dir)])
     cluster.release(int(first))
     cluster.wait_state(int(first), {"RUNNING"})
+    cluster.wait(lambda: "start 1" in output.read_text(), "the output of its second start")
     assert launch_jobs.main("requeue", [str(run_dir), "--now"]) == 0
     cluster.wait(lambda: status(run_dir, capsys)["requeues"] == 2, "the second requeue")
     assert launch_jobs.main("logs", [str(run_dir), "--job"]) == 0

@@ -23,6 +23,7 @@ import yaml
 
 from megamem.observe.journal import read_journal
 from megamem.testing.slurm_cluster import SlurmCluster
+from megamem.testing.slurm_cluster.processes import Process
 from megamem_launch.rundir import (
     cancelled_file,
     excluded_file,
@@ -372,11 +373,21 @@ def test_cancelled_run_stays_cancelled(
         assert run.history()[-1]["time"] < asked + 5, "its ranks trained on"
 
 
+def ignores_usr1(process: Process) -> bool:
+    """As the shell does from the script's first line on, and what it starts from their beginning."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return False
+    found = re.search(r"^SigIgn:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return found is not None and bool(int(found[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+
+
 def test_warning_at_the_very_start_does_not_fail_the_job(
     cluster: SlurmCluster, prepared_quickstart: Path, tmp_path: Path
 ) -> None:
     run = Run(cluster, tmp_path / "runs", prepared_quickstart)
-    cluster.wait(lambda: cluster.job_processes() != [], "the script")
+    cluster.wait(lambda: any(map(ignores_usr1, cluster.job_processes())), "the script's first line")
     cluster.run(["scancel", "--batch", "--signal=USR1", str(run.job)])
     cluster.wait(lambda: run.starts() != [], f"the supervisor: {run.log()}")
     assert cluster.job(run.job)["JobState"] == "RUNNING"

@@ -77,7 +77,13 @@ class RecordFile:
             slots: ``[n]`` int64, where in ``views`` each record is.
             records: ``[n]`` int64, distinct.
             write: Direction.
+
+        Raises:
+            TierError: the file is shorter than it was made; written to behind its end it would grow again, with zeros for what
+                it lost.
         """
+        if len(records) and self.size < self.bytes:
+            raise truncated(self.path, self.size, self.bytes)
         if len(records) > 1 and not (records[1:] > records[:-1]).all():
             order = np.argsort(records)
             slots, records = slots[order], records[order]

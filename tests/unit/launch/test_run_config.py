@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megamem.config import to_dict
 from megamem.errors import ConfigError
@@ -60,6 +61,7 @@ def test_shipped_configuration_builds_on_the_meta_device(path: Path) -> None:
         assert sum(p.numel() for p in model.parameters()) > embedding
     finally:
         parallel_groups.destroy()
+        dist.destroy_process_group()
 
 
 def test_precedence_base_file_command_line(tmp_path: Path) -> None:

@@ -280,6 +280,7 @@ def stuck():
     re.match("(a+)+b", "a" * 60)
 def sleeping():
     time.sleep(600)
+(root / f"begins-{rank}").touch()
 stuck() if rank == 1 else sleeping()
 """
 
@@ -291,7 +292,11 @@ def test_collect_from_stopped_stuck_and_lost_processes(tmp_path):
     try:
         dog = Watchdog(tmp_path / "live", tmp_path / "dumps", 4, 0.5, 0.5)
         deadline = time.monotonic() + 30
-        while len(dog.beats) < 4 or any(beat.phase != "backward" for rank, beat in dog.beats.items() if rank != 1):
+        while (
+            len(list(tmp_path.glob("begins-*"))) < 4
+            or len(dog.beats) < 4
+            or any(beat.phase != "backward" for rank, beat in dog.beats.items() if rank != 1)
+        ):
             dog.check()
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from megamem.memory.config import BankConfig, EngramConfig, MemoryConfig
@@ -59,6 +60,7 @@ def saved_bytes(model: ModelConfig, work: Work, documents: int) -> int:
         loss = gpt(tokens[:, :-1], torch.arange(s).expand(b, s), None, labels=tokens[:, 1:], packed_seq_params=context)
     assert loss.requires_grad
     destroy()
+    dist.destroy_process_group()
     return sum(seen.values())
 
 

@@ -111,7 +111,7 @@ def test_a_file_system_that_refuses_is_told_once_and_tried_again(tmp_path, capfd
     heart = Heartbeat(folder / "rank-00000.json", 0, Phases(), seconds=0.01)
     kept = (folder / "rank-00000.json").read_text()
     shutil.rmtree(folder)
-    time.sleep(0.1)
+    wait_for(lambda: heart._told)
     folder.mkdir()
     (folder / "rank-00000.json").write_text(kept)
     wait_for(lambda: (folder / "rank-00000.json").read_text() != kept)
@@ -125,6 +125,7 @@ from pathlib import Path
 from megamem.observe.heartbeat import start_heartbeat
 root = Path(sys.argv[1])
 start_heartbeat(root / "live", root / "dumps", 2, seconds=0.05)
+(root / "spins").touch()
 def spin():
     re.match("(a+)+b", "a" * 60)  # for hours, and without ever letting another thread run
 spin()
@@ -136,7 +137,7 @@ def test_an_interpreter_that_is_stuck_falls_silent_but_gives_its_stacks(tmp_path
     path, dump = tmp_path / "live" / "rank-00002.json", tmp_path / "dumps" / "rank-00002.txt"
     with subprocess.Popen([sys.executable, "-c", STUCK, str(tmp_path)]) as process:
         try:
-            wait_for(path.exists)
+            wait_for((tmp_path / "spins").exists)
             time.sleep(0.3)
             silent = path.read_text()
             time.sleep(0.3)

@@ -161,7 +161,7 @@ def test_gates_usage_and_events_are_told(run_dir):
 
 def test_overtaken_steps_are_in_no_chart(run_dir):
     html = build_report(run_dir).read_text()
-    assert "777" not in re.sub(r'(x|y|width)="[^"]*"', "", html)
+    assert "777" not in re.sub(r'(x[12]?|y[12]?|width)="[^"]*"', "", html)
     loss = re.search(r'<svg[^>]*aria-label="Loss".*?</svg>', html, re.S).group()
     assert (
         loss.count("<circle") == 3 and loss.count('class="mark resume"') == 1 and loss.count('class="mark skip"') == 1
