@@ -94,6 +94,9 @@ OVERRIDES = [
     "tracking.mlflow=false",
     "model.moe.shared_expert_hidden_size=64",
     "memory.prefetch_depth=2",
+    # The first step of Adam is the sign of the gradient, which rounding turns where the gradient is next to nothing.
+    "optimizer.epsilon=1e-4",
+    "memory.optimizer.epsilon=1e-4",
 ]
 
 
