@@ -84,12 +84,12 @@ FORMS: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-SLOW = ("dp2-ep2", "bf16-rows-state-on-disk")
-"""Left out of `make test`, where tests/slurm stops and resumes several ranks too."""
+QUICK = "prefetch-3-disk"
+"""What `make test` has time for; its test_stop_and_save and tests/slurm resume plain runs, and those of several ranks."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FORMS]
+    "name", [pytest.param(name, marks=[] if name == QUICK else [pytest.mark.slow]) for name in FORMS]
 )
 def test_killed_and_resumed_run_is_bit_identical(name: str, prepared_tiny: Path, tmp_path: Path) -> None:
     extra, killed_extra = FORMS[name]
