@@ -21,7 +21,7 @@ from megamem_launch.watch.beats import Beat, read_beats
 from megamem_launch.watch.watchdog import SLOW_PHASES
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
-STEPS, INTERVAL, HANG_SECONDS = 96, 8, 10
+STEPS, INTERVAL, HANG_SECONDS = 96, 24, 10
 
 
 def settings(folder: Path, data: Path) -> list[str]:
