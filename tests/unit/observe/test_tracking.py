@@ -239,7 +239,7 @@ def test_a_silent_server_does_not_hold_up_the_end(run_dir, caplog):
             began = time.monotonic()
             tracker.finish("FINISHED", timeout=0.5)
             ended = time.monotonic()
-    assert ended - began < 10  # the connection alone would wait for longer
+    assert ended - began < 3
     assert [uri in r.getMessage() for r in caplog.records if r.name.startswith("megamem")] == [True]
 
 
