@@ -50,13 +50,13 @@ def events_of(run_dir: Path, entries: list[Entry]) -> list[Event]:
     """
     told, explained = _from_journal(entries), _from_supervisor(run_dir / _INCARNATIONS)
     starts = [event.time for event in told if event.name in ("start", "resume")]
-    own = []
-    for event in told:
+
+    def is_explained(event: Event) -> bool:
         since = max((time for time in starts if time <= event.time), default=-math.inf)
         until = min((time for time in starts if time > event.time), default=math.inf)
-        ends = [(since if end.name == "cancelled" else event.time, end.time) for end in explained]
-        known = event.name in ("killed", "fail") and any(earliest <= time <= until for earliest, time in ends)
-        own += [] if known else [event]
+        return any((since if end.name == "cancelled" else event.time) <= end.time <= until for end in explained)
+
+    own = [event for event in told if event.name not in ("killed", "fail") or not is_explained(event)]
     return sorted([*own, *explained], key=lambda event: event.time)
 
 
